@@ -1,0 +1,114 @@
+"""Memory that outlives a program: named arenas, allocated and filled at first use, one a replica or one for all."""
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpunet.core.trace import Base, Tensor
+from gpunet.errors import GpunetError
+
+
+@dataclass
+class _Arena:
+    shape: tuple
+    dtype: np.dtype
+    content: object  # a function that gives the first contents, or None for zeros
+    shared: bool
+    adopt: bool
+
+    @property
+    def nbytes(self):
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Arenas:
+    """What a step keeps in memory. Declaring costs nothing, so that sizes are known before anything is allocated."""
+
+    def __init__(self, backend, replicas):
+        self.backend, self.replicas = backend, replicas
+        self._arenas, self._memory, self._views = {}, {}, {}
+
+    def declare(self, name, shape, dtype, content=None, *, shared=False, adopt=False):
+        """Make an arena known. shared: all replicas use one; adopt: host memory may be the contents itself."""
+        if name in self._arenas:
+            raise GpunetError(f"arena: the name {name!r} is taken")
+        self._arenas[name] = _Arena(tuple(shape), np.dtype(dtype), content, shared, adopt)
+
+    def __contains__(self, name):
+        return name in self._arenas
+
+    def __getitem__(self, name):
+        """Return (shape, dtype)."""
+        return self._arenas[name].shape, self._arenas[name].dtype
+
+    def sizes(self):
+        """Return {name: bytes in all replicas}."""
+        return {name: a.nbytes * (1 if a.shared else self.replicas) for name, a in self._arenas.items()}
+
+    def memory(self, name, replica):
+        """Return the memory of an arena in a replica."""
+        if name not in self._memory:
+            arena = self._arenas[name]
+            content = arena.content() if arena.content else None
+            if arena.adopt:
+                self._memory[name] = [self.backend.adopt(content)]
+            else:
+                count = 1 if arena.shared else self.replicas
+                self._memory[name] = [self.backend.allocate(arena.nbytes) for _ in range(count)]
+                if content is not None:
+                    self.set(name, content)
+        blocks = self._memory[name]
+        return blocks[replica % len(blocks)]
+
+    def view(self, name, replica=0):
+        """Return the backend's view of a whole arena in a replica."""
+        if (name, replica) not in self._views:
+            shape, dtype = self[name]
+            memory = self.memory(name, replica)
+            self._views[name, replica] = self.backend.view(memory, 0, Tensor(Base(0, name), shape, dtype))
+        return self._views[name, replica]
+
+    def get(self, name):
+        """Return a host copy of replica 0's arena."""
+        return self.backend.download(self.view(name))
+
+    def sum(self, name):
+        """Return the sum of an arena over the replicas."""
+        return sum(self.backend.download(self.view(name, r)) for r in range(self.replicas))
+
+    def set(self, name, values):
+        """Write host values to the arena in every replica."""
+        for replica in range(1 if self._arenas[name].shared else self.replicas):
+            self.backend.upload(self.view(name, replica), values)
+
+
+class Tensors(MutableMapping):
+    """An arena's tensors by parameter name: reading copies from the device, assigning copies to it."""
+
+    def __init__(self, arenas, name, layout):
+        self._arenas, self._name, self._layout = arenas, name, layout
+
+    def __getitem__(self, name):
+        if name not in self._layout.parameters:
+            raise KeyError(name)
+        return self._layout.slice(self._arenas.get(self._name), name)
+
+    def __setitem__(self, name, value):
+        if name not in self._layout.parameters:
+            raise GpunetError(f"{self._name}: there is no '{name}'; known: {', '.join(self._layout.parameters)}")
+        value, expected = np.asarray(value), self._layout.parameters[name].shape
+        if value.shape != expected:
+            raise GpunetError(f"{self._name}: {name}: expected shape {expected}, got {value.shape}")
+        arena = self._arenas.get(self._name)
+        self._layout.slice(arena, name)[...] = value
+        self._arenas.set(self._name, arena)
+
+    def __delitem__(self, name):
+        raise GpunetError(f"{self._name}: {name}: a network's tensors cannot be deleted")
+
+    def __iter__(self):
+        return iter(self._layout.parameters)
+
+    def __len__(self):
+        return len(self._layout.parameters)

@@ -1,0 +1,137 @@
+"""The seam between a traced list and what runs it: the Backend protocol, and the one door that checks every launch."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+
+from gpunet.core.sources import SCALARS
+from gpunet.core.state import STATE
+from gpunet.errors import GpunetError
+
+
+class Backend(Protocol):
+    """What a backend offers. `place(tensor)` gives the memory of a traced tensor in one replica."""
+
+    name: str
+    conv_engine: str
+
+    def allocate(self, nbytes):
+        """Return zeroed memory of so many bytes; arenas come from here and nothing else is ever allocated."""
+
+    def adopt(self, array):
+        """Return memory that holds `array`; a backend in host memory may use the array itself."""
+
+    def view(self, memory, offset, tensor):
+        """Return the backend's array for a traced tensor that lies `offset` bytes into `memory`."""
+
+    def upload(self, view, array):
+        """Copy a host array into a view."""
+
+    def download(self, view):
+        """Return a host copy of a view; waits until it is computed."""
+
+    def workspace(self):
+        """Return what the bindings of one replica share as scratch."""
+
+    def bind_launch(self, kernel, arguments, workspace):
+        """Return a call without arguments that launches `kernel` on views and scalars."""
+
+    def bind_matmul(self, a, b, out, accumulate, workspace):
+        """Return a call that computes out = a @ b, or out += a @ b."""
+
+    def bind_call(self, name, views, options, workspace):
+        """Return a call of the backend's own function `name` (an engine)."""
+
+    def bind_reduce(self, operation, views, out):
+        """Return a call that sums or gathers one view a replica, in replica order, into `out`."""
+
+
+@dataclass(frozen=True)
+class Types:
+    """What `real` and `wide` stand for in one program."""
+
+    real: np.dtype
+    wide: np.dtype
+
+    @classmethod
+    def of(cls, name):
+        """Types for storage "float32" or "float64"."""
+        known = ("float32", "float64")
+        if name not in known:
+            raise GpunetError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
+        return cls(np.dtype(name), np.dtype(name))
+
+
+@cache
+def _compiled(expression):
+    return compile(expression, "extent", "eval")
+
+
+def evaluate(expression, sizes):
+    """Return the value of an extent or launch expression over the integer arguments `sizes`."""
+    return eval(_compiled(expression), {"__builtins__": {"min": min, "max": max}}, sizes)
+
+
+def check_launch(kernel, arguments, types, place):
+    """Check the arguments of a launch against the kernel's declaration; return them with scalars cast.
+
+    Raises GpunetError that names `place`, kernel and argument where count, type, contiguity or extent do not fit.
+    """
+    if len(arguments) != len(kernel.arguments):
+        names = ", ".join(a.name for a in kernel.arguments)
+        raise GpunetError(
+            f"{place}: {kernel.name}: expected {len(kernel.arguments)} arguments ({names}), got {len(arguments)}"
+        )
+    cast = []
+    for declared, given in zip(kernel.arguments, arguments, strict=True):
+        where = f"{place}: {kernel.name}: {declared.name}"
+        cast.append(
+            _check_tensor(declared, given, types, where) if declared.pointer else _cast(declared, given, types, where)
+        )
+    sizes = {a.name: v for a, v in zip(kernel.arguments, cast, strict=True) if not a.pointer}
+    for declared, given in zip(kernel.arguments, cast, strict=True):
+        if declared.pointer and given.size != evaluate(declared.extent, sizes):
+            raise GpunetError(
+                f"{place}: {kernel.name}: {declared.name}: expected {declared.extent} = "
+                f"{evaluate(declared.extent, sizes)} elements, got {given.size} (shape {given.shape})"
+            )
+    return tuple(cast)
+
+
+def dtypes_of(kind, types):
+    """Return the dtypes that a declared C type accepts."""
+    if kind == "real":
+        return (types.real,)
+    if kind == "wide":
+        return (types.wide,)
+    if kind == "pixel":
+        return (np.dtype("u1"), np.dtype("f4"))
+    if kind == "State":
+        return (STATE,)
+    return (np.dtype(SCALARS[kind]),)
+
+
+def _check_tensor(declared, given, types, where):
+    if not hasattr(given, "base"):
+        raise GpunetError(f"{where}: expected a tensor, got {type(given).__name__} {given!r}")
+    accepted = dtypes_of(declared.type, types)
+    if given.dtype not in accepted:
+        raise GpunetError(f"{where}: expected {' or '.join(map(str, accepted))}, got {given.dtype}")
+    if not given.contiguous:
+        raise GpunetError(f"{where}: expected a contiguous tensor, got strides {given.strides} for shape {given.shape}")
+    return given
+
+
+def _cast(declared, given, types, where):
+    dtype = dtypes_of(declared.type, types)[0]
+    if hasattr(given, "base") or isinstance(given, str) or given is None:
+        raise GpunetError(f"{where}: expected a number of type {declared.type}, got {type(given).__name__}")
+    if dtype.kind in "iu":
+        value = int(given)
+        limits = np.iinfo(dtype)
+        if value != given or not limits.min <= value <= limits.max:
+            raise GpunetError(f"{where}: expected {declared.type} in [{limits.min}, {limits.max}], got {given!r}")
+        return value
+    return float(dtype.type(given))

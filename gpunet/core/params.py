@@ -1,0 +1,80 @@
+"""Weights and statistics in flat arenas: where each tensor lies, and the table that tells whose block is whose."""
+
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gpunet.errors import GpunetError
+
+BLOCK = 256  # elements; every tensor starts at a multiple, so that a block belongs to one parameter
+
+
+@dataclass(eq=False)
+class Parameter:
+    """A tensor that outlives a step: a weight, or a running statistic.
+
+    `initial(rng, shape)` gives its first value in float64 on the host. A weight's learning rate and decay are
+    multiplied by `rate` and `decay`; a statistic s follows its batch value b by s += rate * (b - s).
+    """
+
+    shape: tuple[int, ...]
+    initial: object
+    rate: float = 1.0
+    decay: float = 1.0
+    group: int = 0
+    trainable: bool = True
+    name: str = field(default="", compare=False)
+
+    @property
+    def size(self):
+        """Elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+class Layout:
+    """Places of parameters in an arena of `size` elements, a multiple of BLOCK; padding stays zero."""
+
+    def __init__(self, parameters):
+        self.parameters = {}
+        self.offsets = {}
+        size = 0
+        for p in parameters:
+            if p.name in self.parameters:
+                raise GpunetError(f"{p.name}: two parameters of one name; name their layers apart")
+            self.parameters[p.name] = p
+            self.offsets[p.name] = size
+            size += -(-p.size // BLOCK) * BLOCK
+        self.size = max(size, BLOCK)
+
+    @property
+    def blocks(self):
+        """Blocks in the arena."""
+        return self.size // BLOCK
+
+    def table(self):
+        """Return int32 (blocks,): the row of the parameter that each block belongs to."""
+        counts = [-(-p.size // BLOCK) for p in self.parameters.values()]
+        rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        return np.resize(rows, self.blocks) if len(rows) else np.zeros(self.blocks, np.int32)
+
+    def rows(self, attribute, dtype):
+        """Return one value a parameter, in row order (at least one row, so that a table is never empty)."""
+        return np.array([getattr(p, attribute) for p in self.parameters.values()] or [0], dtype)
+
+    def initial(self, seed, dtype):
+        """Return the arena's first contents; each parameter draws from its own generator, keyed by its name."""
+        arena = np.zeros(self.size, dtype)
+        for name, p in self.parameters.items():
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            self.slice(arena, name)[...] = p.initial(rng, p.shape)
+        return arena
+
+    def slice(self, arena, name):
+        """Return the view of one parameter in a host arena, in its own shape."""
+        p = self.parameters[name]
+        return arena[self.offsets[name] : self.offsets[name] + p.size].reshape(p.shape)
+
+    def part(self, index, parts):
+        """Return elements (start, stop) of one of `parts` even ranges of whole blocks."""
+        return index * self.blocks // parts * BLOCK, (index + 1) * self.blocks // parts * BLOCK

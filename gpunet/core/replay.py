@@ -1,0 +1,138 @@
+"""Programs planned, bound to memory and replayed in all replicas.
+
+A program is known by a key; `trace(key, replica)` makes one replica's list. All share one scratch memory a replica,
+as large as the largest plan: nothing in it outlives a replay.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpunet.core import sources
+from gpunet.core.plan import Plan, plan
+from gpunet.core.replicas import Team
+from gpunet.core.trace import Trace
+
+COLLECTIVES = ("reduce", "barrier")
+
+
+@dataclass
+class Program:
+    """One replica's list and its plan. `idle` names arenas to clear instead, where a batch has no image for it."""
+
+    trace: Trace
+    plan: Plan
+    idle: tuple | None
+
+
+@dataclass
+class Bound:
+    """One replica's calls of a program, and the views of what it keeps."""
+
+    calls: list
+    kept: dict
+
+
+class Replay:
+    """Runs programs by key; traces, plans and binds each when it is first needed."""
+
+    def __init__(self, backend, arenas, trace):
+        self.backend, self.arenas = backend, arenas
+        self._trace = trace
+        self._programs, self._bound = {}, {}
+        self._scratch = []
+        self._workspaces = []
+        self._team = None
+        self._kept = [{}] * arenas.replicas
+
+    def program(self, key):
+        """Return every replica's program, traced and planned but bound to no memory."""
+        if key not in self._programs:
+            traced = [self._trace(key, r) for r in range(self.arenas.replicas)]
+            self._programs[key] = [Program(t, plan(t.entries, t.kept.values()), idle) for t, idle in traced]
+        return self._programs[key]
+
+    def scratch_bytes(self):
+        """Return the scratch memory that one replica needs for the programs known so far."""
+        return max((p.plan.nbytes for programs in self._programs.values() for p in programs), default=0)
+
+    def run(self, keys):
+        """Replay programs one after another in every replica, in one go."""
+        for key in keys:
+            self.program(key)
+        needed = self.scratch_bytes()
+        if not self._scratch or self._scratch[0].nbytes < needed:
+            self._bound, self._scratch = {}, []  # freed before the larger one is taken
+            self._scratch = [self.backend.allocate(needed) for _ in range(self.arenas.replicas)]
+        if self._team is None:
+            self._team = Team(self.arenas.replicas)
+            self._workspaces = [self.backend.workspace() for _ in range(self.arenas.replicas)]
+        bound = [self._bind(key) for key in keys]
+        self._team.run([[call for b in bound for call in b[r].calls] for r in range(self.arenas.replicas)])
+        self._kept = [{k: v for b in bound for k, v in b[r].kept.items()} for r in range(self.arenas.replicas)]
+
+    def kept(self):
+        """Return the names of the tensors that the last run left readable."""
+        return sorted({name for views in self._kept for name in views})
+
+    def read(self, name):
+        """Return a kept tensor of the last run, the replicas' images one after another."""
+        parts = [self.backend.download(views[name]) for views in self._kept if name in views]
+        return np.concatenate(parts) if parts[0].ndim else parts[0]
+
+    def close(self):
+        """End the replicas' threads."""
+        if self._team is not None:
+            self._team.close()
+            self._team = None
+            self._bound = {}
+
+    def _bind(self, key):
+        if key not in self._bound:
+            programs = self.program(key)
+            self._bound[key] = [self._bind_replica(programs, r) for r in range(len(programs))]
+        return self._bound[key]
+
+    def _bind_replica(self, programs, replica):
+        program, calls = programs[replica], []
+        entries = program.plan.entries
+        if program.idle is not None:
+            for arena in program.idle:
+                view = self.arenas.view(arena, replica)
+                calls.append(lambda view=view: self.backend.upload(view, np.zeros((), view.dtype)))
+            entries = [e for e in entries if e.kind in COLLECTIVES]
+            calls += [self._team.wait] * len(entries)
+            return Bound(calls, {})
+        for i, entry in enumerate(entries):
+            if entry.kind in COLLECTIVES:
+                calls.append(self._team.wait)
+            if entry.kind == "reduce":
+                calls.append(self._bind_reduce(programs, replica, i))
+            elif entry.kind != "barrier":
+                calls.append(self._bind_entry(program, replica, entry))
+        return Bound(calls, {name: self._view(program, replica, t) for name, t in program.trace.kept.items()})
+
+    def _bind_entry(self, program, replica, entry):
+        views = [self._view(program, replica, a) if hasattr(a, "base") else a for a in entry.arguments]
+        workspace = self._workspaces[replica]
+        if entry.kind == "launch":
+            return self.backend.bind_launch(sources.kernels()[entry.name], views, workspace)
+        if entry.kind == "matmul":
+            return self.backend.bind_matmul(*views, entry.options["accumulate"], workspace)
+        return self.backend.bind_call(entry.name, views, entry.options, workspace)
+
+    def _bind_reduce(self, programs, replica, index):
+        entry = programs[replica].plan.entries[index]
+        given, out = entry.arguments
+        others = [(r, p) for r, p in enumerate(programs) if p.idle is None]
+        if given is out:  # this replica's part of everybody's arena
+            views = [self._view(programs[replica], r, given) for r, _ in others]
+        else:
+            views = [self._view(p, r, p.plan.entries[index].arguments[0]) for r, p in others]
+        return self.backend.bind_reduce(entry.name, views, self._view(programs[replica], replica, out))
+
+    def _view(self, program, replica, tensor):
+        base = tensor.base
+        if base.arena is not None:
+            return self.backend.view(self.arenas.memory(base.arena, replica), 0, tensor)
+        return self.backend.view(self._scratch[replica], program.plan.offsets[base], tensor)

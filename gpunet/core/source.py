@@ -1,0 +1,136 @@
+"""A resident data set as the start of a program: which launches turn its next batch into x and targets."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gpunet.errors import GpunetError
+
+
+@dataclass(eq=False)
+class Source:
+    """A split that lies on the device, and how a batch is drawn from it.
+
+    x = (pixel - mean) * scale, after a random crop of `size` from the image padded by `pad` and a random horizontal
+    flip. `mean` and `scale` have a value a channel or one a pixel and channel (a mean image). Labels become dense
+    rows with label smoothing; with `values` in the split the targets are those.
+    """
+
+    split: object
+    mean: object = 0.0
+    scale: object = 1.0
+    flip: bool = False
+    pad: int = 0
+    reflect: bool = False
+    smoothing: float = 0.0
+    classes: int | None = None
+    shuffle: bool = True
+    name: str = field(default="train")
+
+    def __post_init__(self):
+        images = self.split.images
+        if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
+            raise GpunetError(
+                f"source {self.name}: images: expected uint8 or float32 of shape (n, h, w, c), "
+                f"got {images.dtype} of shape {images.shape}"
+            )
+        if self.labels is not None and self.classes is None:
+            self.classes = int(self.labels.max()) + 1
+        whole = self._affine(self.mean).size > self.shape[2] or self._affine(self.scale).size > self.shape[2]
+        self.means, self.scales = (
+            np.ascontiguousarray(np.broadcast_to(self._affine(v), self.shape) if whole else self._affine(v)).reshape(-1)
+            for v in (self.mean, self.scale)
+        )
+
+    def _affine(self, value):
+        """Return a mean or scale as one value a channel, or one a pixel and channel."""
+        value = np.asarray(value, np.float64)
+        channels = self.shape[2]
+        if value.ndim <= 1 and value.size in (1, channels):
+            return np.broadcast_to(value, (channels,))
+        if value.size == np.prod(self.shape):
+            return value.reshape(self.shape)
+        raise GpunetError(
+            f"source {self.name}: mean or scale: expected 1, {channels} or {self.shape} values, got shape {value.shape}"
+        )
+
+    @property
+    def shape(self):
+        """Height, width and channels of an image."""
+        return self.split.images.shape[1:]
+
+    @property
+    def labels(self):
+        """Class labels, or None where the targets are values."""
+        return self.split.labels
+
+    @property
+    def width(self):
+        """Columns of the targets."""
+        return self.classes if self.labels is not None else self.split.values.shape[1]
+
+    def __len__(self):
+        return len(self.split.images)
+
+    def batches(self, batch):
+        """Batches of an epoch; the last may be smaller."""
+        return -(-len(self) // batch)
+
+    def normalise(self, images):
+        """Return images as the network sees them, without augmentation: float64 (n, h, w, c)."""
+        shape = self.shape if self.means.size > self.shape[2] else (self.shape[2],)
+        return (images - self.means.reshape(shape)) * self.scales.reshape(shape)
+
+    def arenas(self, wide):
+        """Return {name: (shape, dtype, contents)} of what it keeps on the device; images and targets as they are."""
+        images = self.split.images
+        targets = np.ascontiguousarray(
+            *((self.labels, np.int32) if self.labels is not None else (self.split.values, wide))
+        )
+        return {
+            "images": (images.shape, images.dtype, lambda: images),
+            "targets": (targets.shape, targets.dtype, lambda: targets),
+            "order": ((len(self),), np.int32, None),
+            "mean": (self.means.shape, wide, lambda: self.means),
+            "scale": (self.scales.shape, wide, lambda: self.scales),
+        }
+
+    def trace_order(self, t, state):
+        """Add the launch that draws the epoch's order, or the stored one."""
+        order = t.arena(f"{self.name}.order")
+        if self.shuffle:
+            t.launch("order_draw", order, t.arena(state), t.seed, len(self))
+        else:
+            t.launch("order_stored", order, len(self))
+
+    def trace_batch(self, t, state, nominal, augment):
+        """Add the launches that make this share of the batch; return (x, targets).
+
+        `nominal` is the batch size that places are counted by; a place beyond the last image gives zeros.
+        """
+        n, (h, w, c), share = t.share.size, self.shape, t.share
+        batches = self.batches(nominal)
+        order, record = t.arena(f"{self.name}.order"), t.arena(state)
+        x = t.empty((n, h, w, c))
+        pad, flip = (self.pad, int(self.flip)) if augment else (0, 0)
+        t.launch(
+            "batch_crop_flip",
+            *(
+                t.arena(f"{self.name}.images"),
+                order,
+                record,
+                t.arena(f"{self.name}.mean"),
+                t.arena(f"{self.name}.scale"),
+                x,
+            ),
+            *(t.seed, flip, pad, int(self.reflect), nominal, batches, share.first, len(self), len(self)),
+            *(self.means.size, n, h, w, c, h, w),
+        )
+        targets = t.empty((n, self.width))
+        places = (nominal, batches, share.first, len(self), len(self), n, self.width)
+        given = t.arena(f"{self.name}.targets")
+        if self.labels is None:
+            t.launch("batch_values", given, order, record, targets, *places)
+        else:
+            t.launch("batch_targets", given, order, record, targets, self.smoothing if augment else 0.0, *places)
+        return x, targets

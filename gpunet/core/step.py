@@ -1,0 +1,392 @@
+"""Step: a network's programs at a fixed batch size, replayed.
+
+The Trainer, custom training loops and tests use this class and nothing below it:
+
+    step = Step(graph, loss, optimizer, batch=128, source=source)
+    step()                              # gradient, update, advance: one training step
+    step.gradient(x, y); step.update()  # the same on the caller's own arrays
+    step.predict(x); step.read("stage1.conv.weight:gradient")
+"""
+
+import os
+
+import numpy as np
+
+from gpunet.backends import backend as backend_of
+from gpunet.core.arenas import Arenas, Tensors
+from gpunet.core.backend import Types
+from gpunet.core.params import Layout
+from gpunet.core.replay import Replay
+from gpunet.core.state import STATE, new_state
+from gpunet.core.trace import Share, Trace
+from gpunet.errors import GpunetError
+
+METRICS = ("loss", "accuracy", "count", "norm", "rate", "scale", "applied", "batch")
+ROWS = 4096  # updates the metrics table remembers
+
+
+class Step:
+    """Training and inference programs of `graph` at a fixed batch size.
+
+    loss: traces d(prediction) from prediction and targets. optimizer: traces the update. rates: learning rate of each
+    update, the last one holds on. dtype: "float32" or "float64". replicas: CPU threads, one a core unless told.
+    source: where `gradient()` draws its batches. keep: patterns of tensors that `read` returns after a replay, such
+    as "stage1.*:output", "head:output_gradient" or "input:gradient".
+    """
+
+    def __init__(self, graph, loss=None, optimizer=None, *, batch, dtype="float32", backend="numpy", replicas=None,
+                 seed=0, source=None, rates=None, keep=()):  # fmt: skip
+        self.graph, self.loss, self.optimizer = graph, loss, optimizer
+        self.batch, self.seed, self.source, self.keep = batch, seed, source, tuple(keep)
+        self._check(batch, source)
+        self.types = Types.of(dtype)
+        self.backend = backend_of(backend) if isinstance(backend, str) else backend
+        self.replicas = max(1, min(replicas or len(os.sched_getaffinity(0)), batch))
+        parameters = graph.parameters()
+        self.layouts = {
+            "weights": Layout(p for p in parameters if p.trainable),
+            "statistics": Layout(p for p in parameters if not p.trainable),
+        }
+        rates = rates if rates is not None else getattr(optimizer, "lr", 0.0)
+        self.rates = np.atleast_1d(np.asarray(rates, np.float64))
+        self._arenas = Arenas(self.backend, self.replicas)
+        self._replay = Replay(self.backend, self._arenas, self._trace)
+        self._sources = {}
+        self._ordered = None  # epoch whose order is drawn
+        self._declare()
+
+    def _check(self, batch, source):
+        if batch < 1:
+            raise GpunetError(f"batch: expected at least 1, got {batch}")
+        if source is None:
+            return
+        if source.shape != self.graph.input_shape:
+            raise GpunetError(f"{source.name}: expected images of shape {self.graph.input_shape}, got {source.shape}")
+        if batch > len(source):
+            raise GpunetError(f"batch: expected at most {len(source)}, the images of {source.name}, got {batch}")
+        columns = self.graph.output_shape[-1]
+        if source.width != columns:
+            raise GpunetError(
+                f"{source.name}: expected targets of {columns} columns, as the network's output has, got {source.width}"
+            )
+
+    # Programs
+
+    def __call__(self, accumulate=1):
+        """Do one training step on the source's next `accumulate` batches: gradient and advance of each, one update."""
+        keys = []
+        for ahead in range(accumulate):
+            keys += [*self._next_gradient(ahead > 0, ahead), ("advance", self.source.name)]
+        self._replay.run([*keys[:-1], ("update",), keys[-1]])
+
+    def gradient(self, x=None, y=None, *, accumulate=False):
+        """Compute loss and gradients of x (n, h, w, c) and y, labels (n,) or targets (n, k), or of the next batch.
+
+        Changes no weight, statistic or counter. accumulate: add to the gradients that are there.
+        """
+        if x is None:
+            self._replay.run(self._next_gradient(accumulate))
+            return
+        x, y = self._check_inputs(np.asarray(x), np.asarray(y))
+        self._scatter("input", x)
+        self._scatter("targets", y)
+        self._replay.run([("gradient", len(x), bool(accumulate), True)])
+
+    def update(self):
+        """Apply the optimizer to the gradients that are there and blend the batch statistics into the running ones."""
+        self._replay.run([("update",)])
+
+    def advance(self):
+        """Move to the source's next batch."""
+        self._replay.run([("advance", self.source.name)])
+
+    def predict(self, x):
+        """Return the network's output for x (n, h, w, c): floats as it takes them, or uint8 pixels of the source."""
+        x = np.asarray(x)
+        if x.ndim != 4 or x.shape[1:] != self.graph.input_shape:
+            expected = ", ".join(map(str, self.graph.input_shape))
+            raise GpunetError(f"predict: x: expected shape (n, {expected}), got {x.shape}")
+        output = np.empty((len(x), *self.graph.output_shape), self.types.real)
+        fixed = np.zeros((self.batch, *x.shape[1:]), self.types.real)
+        for start in range(0, len(x), self.batch):
+            part = x[start : start + self.batch]
+            if x.dtype == np.uint8 and self.source is not None:
+                part = self.source.normalise(part)
+            fixed[: len(part)] = part
+            self._scatter("input", fixed)
+            self._replay.run([("predict",)])
+            output[start : start + len(part)] = self._replay.read("prediction")[: len(part)]
+        return output
+
+    def evaluate(self, source):
+        """Return dict(loss, accuracy, count) of the network in inference on all images of a source."""
+        self._add_source(source)
+        self._arenas.set(_state_of(self, source), new_state())
+        self._arenas.set("evaluation", np.zeros(4))
+        self._replay.run([("order", source.name)])
+        for _ in range(source.batches(self.batch)):
+            self._replay.run([("evaluate", source.name), ("advance", source.name)])
+        return _means(self._arenas.sum("evaluation"))
+
+    # What can be read and set
+
+    @property
+    def weights(self):
+        """Trainable parameters by name; assigning copies."""
+        return Tensors(self._arenas, "weights", self.layouts["weights"])
+
+    @property
+    def statistics(self):
+        """Running statistics by name."""
+        return Tensors(self._arenas, "statistics", self.layouts["statistics"])
+
+    @property
+    def optimizer_state(self):
+        """{slot: {parameter: array}}: what the optimizer keeps between updates."""
+        return {slot: Tensors(self._arenas, slot, self.layouts["weights"]) for slot in _slots(self.optimizer)}
+
+    @property
+    def state(self):
+        """A copy of the State record; assign a changed one to set it in all replicas."""
+        return self._arenas.get("state")
+
+    @state.setter
+    def state(self, record):
+        self._arenas.set("state", record)
+        self._ordered = None
+
+    @property
+    def batches(self):
+        """Batches in an epoch of the source, its tail counted."""
+        return self.source.batches(self.batch)
+
+    def losses(self):
+        """Return dict(loss, accuracy, count) of the gradients since the last update."""
+        return _means(self._arenas.sum("sums"))
+
+    def metrics(self, since=0):
+        """Return one row (METRICS) an update from update number `since` on, as far back as the table remembers."""
+        updates = int(self.state["update"])
+        return self._arenas.get("metrics")[np.arange(max(since, updates - ROWS), updates) % ROWS]
+
+    def read(self, name):
+        """Return a kept tensor of the last replay, or (until the next update) "<parameter>:gradient"."""
+        parameter = name.removesuffix(":gradient")
+        if name.endswith(":gradient") and parameter in self.layouts["weights"].parameters:
+            return self.layouts["weights"].slice(self._arenas.sum("gradient"), parameter)
+        known = self._replay.kept()
+        if name not in known:
+            raise GpunetError(f"read: {name!r} is not kept; kept by the last replay: {', '.join(known) or 'nothing'}")
+        return self._replay.read(name)
+
+    def memory(self):
+        """Return {arena: bytes} of all that training and inference allocate, without allocating anything."""
+        if self.source is not None and self.loss is not None and self.optimizer is not None:
+            for n in {self.batch, len(self.source) % self.batch} - {0}:
+                self._replay.program(("gradient", n, False, False))
+            self._replay.program(("update",))
+            self._replay.program(("evaluate", self.source.name))
+        self._replay.program(("predict",))
+        return {**self._arenas.sizes(), "scratch": self.replicas * self._replay.scratch_bytes()}
+
+    def close(self):
+        """End the replicas' threads; the next replay starts them again."""
+        self._replay.close()
+
+    # Inside: arenas and inputs
+
+    def _declare(self):
+        """Declare every arena but the sources'."""
+        wide, real, declare = self.types.wide, self.types.real, self._arenas.declare
+        for name, layout in self.layouts.items():
+            declare(name, (layout.size,), wide, lambda layout=layout: layout.initial(self.seed, wide), shared=True)
+            declare(f"{name}.table", (layout.blocks,), np.int32, layout.table, shared=True)
+            for column, dtype, factor in (
+                ("rate", wide, 1),
+                ("decay", wide, getattr(self.optimizer, "weight_decay", 0.0)),
+                ("group", np.int32, 1),
+            ):
+                values = (
+                    layout.rows(column, dtype) * dtype.type(factor) if dtype is wide else layout.rows(column, dtype)
+                )
+                declare(f"{name}.{column}", values.shape, dtype, lambda values=values: values, shared=True)
+        declare("gradient", (self.layouts["weights"].size,), wide)
+        declare("batch_statistics", (self.layouts["statistics"].size,), wide)
+        for slot in _slots(self.optimizer):
+            declare(slot, (self.layouts["weights"].size,), wide, shared=True)
+        declare("rates", self.rates.shape, wide, lambda: self.rates, shared=True)
+        declare("state", (), STATE, new_state)
+        declare("sums", (4,), np.float64)
+        declare("evaluation", (4,), np.float64)
+        declare("metrics", (ROWS, len(METRICS)), np.float64)
+        images = -(-self.batch // self.replicas)
+        declare("input", (images, *self.graph.input_shape), real)
+        declare("targets", (images, *self.graph.output_shape), real)
+        if self.source is not None:
+            self._add_source(self.source)
+
+    def _add_source(self, source):
+        known = self._sources.setdefault(source.name, source)
+        if known is not source:
+            raise GpunetError(f"source: the name {source.name!r} is taken by another; give this one a name of its own")
+        if f"{source.name}.images" not in self._arenas:
+            for name, (shape, dtype, content) in source.arenas(self.types.wide).items():
+                adopt = name in ("images", "targets")
+                self._arenas.declare(f"{source.name}.{name}", shape, dtype, content, shared=True, adopt=adopt)
+            if source is not self.source:
+                self._arenas.declare(_state_of(self, source), (), STATE, new_state)
+
+    def _scatter(self, arena, values):
+        """Copy a batch to the replicas, each its share."""
+        active = min(self.replicas, len(values))
+        for r in range(active):
+            share = Share.of(len(values), r, active)
+            view = self._arenas.view(arena, r)
+            self.backend.upload(view[: share.size], values[share.first : share.first + share.size])
+
+    def _check_inputs(self, x, y):
+        """Return (x, dense targets); labels become one-hot rows."""
+        columns = self.graph.output_shape[-1]
+        if x.ndim != 4 or x.shape[1:] != self.graph.input_shape or not 1 <= len(x) <= self.batch:
+            expected = ", ".join(map(str, self.graph.input_shape))
+            raise GpunetError(f"gradient: x: expected shape (1 to {self.batch}, {expected}), got {x.shape}")
+        if y.ndim == 1 and y.dtype.kind in "iu":
+            if len(y) and not 0 <= y.min() <= y.max() < columns:
+                raise GpunetError(f"gradient: y: expected labels 0 to {columns - 1}, got {y.min()} to {y.max()}")
+            y = np.eye(columns)[y]
+        if y.shape != (len(x), columns):
+            raise GpunetError(
+                f"gradient: y: expected labels ({len(x)},) or targets ({len(x)}, {columns}), got {y.shape}"
+            )
+        return x, y
+
+    # Inside: what each program traces. A key is (kind, ...).
+
+    def _next_gradient(self, accumulate, ahead=0):
+        """Return the keys that compute the gradient of the batch `ahead` of the next, the order first if it is due."""
+        if self.source is None:
+            raise GpunetError("gradient: this step has no source; pass x and y")
+        epoch, place = divmod(int(self.state["batch"]) + ahead, self.batches)
+        n = min(self.batch, len(self.source) - place * self.batch)
+        key = ("gradient", n, bool(accumulate), False)
+        if self._ordered == epoch:
+            return [key]
+        self._ordered = epoch
+        return [("order", self.source.name), key]
+
+    def _trace(self, key, replica):
+        """Return (trace of one program for one replica, arenas to clear instead if it has no image)."""
+        kind = key[0]
+        n = key[1] if kind == "gradient" else self.batch
+        active = min(self.replicas, n)
+        accumulate = kind == "gradient" and key[2]
+        t = Trace(
+            self.types,
+            Share.of(n, min(replica, active - 1), active),
+            self.layouts,
+            self._arenas,
+            training=kind == "gradient",
+            engine=self.backend.conv_engine,
+            seed=self.seed,
+            accumulate=accumulate,
+            keep=("prediction", *self.keep),
+        )
+        getattr(self, f"_trace_{kind}")(t, *key[1:])
+        if replica < active:
+            return t, None
+        return t, () if accumulate else ("gradient", "sums")
+
+    def _trace_gradient(self, t, n, accumulate, direct):
+        with t.at("batch"):
+            if direct:
+                x, targets = self._input(t, "input"), self._input(t, "targets")
+            else:
+                x, targets = self.source.trace_batch(t, "state", self.batch, augment=True)
+        y, saved = self.graph.forward(t, x)
+        t.mark("prediction", y)
+        dy = self._trace_loss(t, y, targets, "state", "sums", int(accumulate))
+        self.graph.backward(t, dy, saved)
+        unused = self.layouts["weights"].parameters.keys() - t.written
+        if unused:
+            raise GpunetError(
+                f"{min(unused)}: a trainable weight that no layer gives a gradient; use it or make it a constant"
+            )
+
+    def _trace_evaluate(self, t, name):
+        source = self._sources[name]
+        with t.at("batch"):
+            x, targets = source.trace_batch(t, _state_of(self, source), self.batch, augment=False)
+        y, _ = self.graph.forward(t, x)
+        self._trace_loss(t, y, targets, _state_of(self, source), "evaluation", 1)
+
+    def _trace_predict(self, t):
+        y, _ = self.graph.forward(t, self._input(t, "input"))
+        t.mark("prediction", y)
+
+    def _trace_loss(self, t, y, targets, state, sums, accumulate):
+        if self.loss is None:
+            raise GpunetError("this step has no loss; it can only predict")
+        n = t.share.size
+        with t.at("loss"):
+            losses, hits = t.empty((n,), t.wide), t.empty((n,), np.int32)
+            dy = self.loss.trace(t, y, targets, losses, hits, t.arena(state))
+            t.launch("metrics_sum", losses, hits, t.arena(sums), accumulate, n)
+        return dy
+
+    def _trace_update(self, t):
+        """Every replica updates its part of the weights; each moves its own State, and all agree."""
+        if self.optimizer is None:
+            raise GpunetError("update: this step has no optimizer")
+        state = t.arena("state")
+        start, stop = self.layouts["weights"].part(t.share.index, t.share.count)
+        with t.at("gradient_finish"):
+            sums, norms = t.reduce(t.arena("sums")), t.empty((1,), np.float64)
+            gradient = t.arena("gradient").slice(start, stop)
+            t.reduce_part(gradient)
+            t.launch("gradient_norm", gradient, norms, stop - start, 1)
+            norms = t.gather(norms)
+            clip = getattr(self.optimizer, "clip", 0.0)
+            sizes = (norms.size, len(self.rates), ROWS)
+            t.launch("gradient_finish", norms, sums, t.arena("rates"), t.arena("metrics"), state, clip, 0, *sizes)
+        with t.at("optimizer"):
+            self.optimizer.trace(t, start, stop)
+        layout = self.layouts["statistics"]
+        with t.at("statistics"):
+            if t.share.index == 0 and layout.parameters:
+                arenas = (
+                    t.arena(a)
+                    for a in ("statistics", "batch_statistics", "statistics.table", "statistics.rate", "sums")
+                )
+                t.launch("statistics_update", *arenas, state, len(layout.parameters), layout.size)
+            t.launch("state_update", state)
+        t.barrier()
+
+    def _trace_advance(self, t, name):
+        source = self._sources[name]
+        t.launch("state_advance", t.arena(_state_of(self, source)), source.batches(self.batch))
+
+    def _trace_order(self, t, name):
+        source = self._sources[name]
+        if t.share.index == 0:
+            source.trace_order(t, _state_of(self, source))
+        t.barrier()
+
+    def _input(self, t, arena):
+        """Return this share's rows of an input arena."""
+        whole = t.arena(arena)
+        size = t.share.size * (whole.size // whole.shape[0])
+        return whole.reshape(-1).slice(0, size).reshape(t.share.size, *whole.shape[1:])
+
+
+def _state_of(step, source):
+    """Return the arena of the State that counts a source's batches."""
+    return "state" if source is step.source else f"{source.name}.state"
+
+
+def _slots(optimizer):
+    return getattr(optimizer, "slots", ())
+
+
+def _means(sums):
+    loss, hits, count, _ = sums.tolist()
+    return {"loss": loss / max(count, 1), "accuracy": hits / max(count, 1), "count": int(count)}

@@ -1,0 +1,278 @@
+"""Traced tensors, the trace, and the list: a program's launches in call order, before any memory exists.
+
+A program is a Python function run once with a trace `t`. Nothing is computed; shapes, bytes and FLOPs are known
+when it returns. This module knows no backend and no layer.
+"""
+
+import fnmatch
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from gpunet.core import sources
+from gpunet.core.backend import check_launch
+from gpunet.core.random import site_of
+from gpunet.errors import GpunetError
+
+
+@dataclass(eq=False)
+class Base:
+    """A run of bytes: planned scratch, or (with `arena`) memory that outlives the program, found by its name."""
+
+    nbytes: int
+    arena: str | None = None
+    over: "Base | None" = None  # may lie on this one, if nobody reads that one later
+    path: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A view of a base: shape, dtype, offset and strides in elements."""
+
+    base: Base
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int = 0
+    strides: tuple[int, ...] | None = None
+
+    @cached_property
+    def size(self):
+        """Elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self):
+        """Bytes of its elements."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def contiguous(self):
+        """Whether its elements follow each other in C order."""
+        return self.strides is None
+
+    def reshape(self, *shape):
+        """Return the same elements in another shape; one -1 is inferred."""
+        if not self.contiguous:
+            raise GpunetError(f"reshape: expected a contiguous tensor, got strides {self.strides}")
+        known = int(np.prod([s for s in shape if s != -1], dtype=np.int64))
+        shape = tuple(self.size // max(known, 1) if s == -1 else int(s) for s in shape)
+        if int(np.prod(shape, dtype=np.int64)) != self.size:
+            raise GpunetError(f"reshape: shape {self.shape} has {self.size} elements, which {shape} cannot hold")
+        return Tensor(self.base, shape, self.dtype, self.offset)
+
+    def slice(self, start, stop):
+        """Return elements start to stop of a one-dimensional tensor."""
+        return Tensor(self.base, (stop - start,), self.dtype, self.offset + start)
+
+    def strided(self, shape, strides, offset=0):
+        """Return a view by shape and strides in elements; only a matmul takes one that is not contiguous."""
+        return Tensor(self.base, tuple(shape), self.dtype, self.offset + offset, tuple(strides))
+
+    @property
+    def T(self):
+        """The transposed matrix, as a view."""
+        rows, columns = self.shape
+        return self.strided((columns, rows), self.element_strides[::-1])
+
+    @property
+    def element_strides(self):
+        """Strides in elements, also of a contiguous tensor."""
+        if self.strides is not None:
+            return self.strides
+        return tuple(int(np.prod(self.shape[i + 1 :], dtype=np.int64)) for i in range(len(self.shape)))
+
+
+@dataclass(eq=False)
+class Entry:
+    """One line of the list. `kind` is launch, matmul, call, reduce or barrier; `name` what is launched or called."""
+
+    kind: str
+    name: str
+    arguments: tuple
+    reads: tuple[Tensor, ...]
+    writes: tuple[Tensor, ...]
+    path: str
+    flops: int = 0
+    options: dict = field(default_factory=dict)
+
+    @property
+    def nbytes(self):
+        """Bytes read and written, each tensor once."""
+        return sum(t.nbytes for t in (*self.reads, *self.writes))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The images of one replica: `first` to `first + size` of a batch of `batch`, as replica `index` of `count`."""
+
+    batch: int
+    first: int
+    size: int
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def of(cls, batch, index, count):
+        """Replica `index`'s share of a batch cut into `count` even ranges."""
+        first, stop = index * batch // count, (index + 1) * batch // count
+        return cls(batch, first, stop - first, index, count)
+
+
+class Trace:
+    """What a program and its layers call. Passed on, never stored."""
+
+    def __init__(self, types, share, layouts, arenas, *, training, engine, seed=0, accumulate=False, keep=()):
+        self.real, self.wide = types.real, types.wide
+        self.types = types
+        self.share = share
+        self.training = training
+        self.engine = engine
+        self.parts = 1  # partial sums a column sum is cut into
+        self.seed = seed
+        self.entries = []
+        self.kept = {}
+        self.path = "program"
+        self._layouts = layouts
+        self._arenas = arenas
+        self._accumulate = accumulate
+        self._keep = tuple(keep)
+        self._external = {}
+        self._written = set()
+
+    # Places in the network
+
+    @contextmanager
+    def at(self, path):
+        """Give the entries traced inside this path, and its site to their draws."""
+        outer, self.path = self.path, path
+        try:
+            yield
+        finally:
+            self.path = outer
+
+    @property
+    def site(self):
+        """The hash of the path, which keys the draws made here."""
+        return site_of(self.path)
+
+    def mark(self, name, tensor):
+        """Keep `tensor` readable after a replay as `name`, if that was asked for."""
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._keep):
+            self.kept[name] = tensor
+
+    # Tensors
+
+    def empty(self, shape, dtype=None):
+        """Return a new tensor of scratch memory, `real` unless told."""
+        dtype = np.dtype(dtype or self.real)
+        shape = tuple(int(s) for s in shape)
+        return Tensor(Base(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, path=self.path), shape, dtype)
+
+    def over(self, x):
+        """Return a new tensor like `x` that may lie in its memory: granted where nobody reads `x` later."""
+        y = self.empty(x.shape, x.dtype)
+        if x.contiguous and x.base.arena is None and x.nbytes == x.base.nbytes:
+            y.base.over = x.base
+        return y
+
+    def arena(self, name):
+        """Return all of an arena: memory that outlives the program, bound by its name."""
+        if name not in self._external:
+            self._external[name] = Base(0, arena=name)
+        shape, dtype = self._arenas[name]
+        return Tensor(self._external[name], tuple(shape), np.dtype(dtype))
+
+    def weight(self, p):
+        """Return a parameter's tensor."""
+        name = "weights" if p.trainable else "statistics"
+        return self._parameter(name, name, p)
+
+    def gradient(self, p):
+        """Return (tensor, accumulate): where a weight's gradient goes, and 1 if it is to be added to what is there.
+
+        A program's first gradient of a weight overwrites; later ones, and all of an accumulating program, add.
+        """
+        return self._result("gradient", "weights", p)
+
+    def batch_statistic(self, p):
+        """Return (tensor, accumulate): where this batch's value of a running statistic goes."""
+        return self._result("batch_statistics", "statistics", p)
+
+    def _result(self, arena, layout, p):
+        again = self._accumulate or p.name in self._written
+        self._written.add(p.name)
+        return self._parameter(arena, layout, p), int(again)
+
+    def _parameter(self, arena, layout, p):
+        start = self._layouts[layout].offsets[p.name]
+        return self.arena(arena).slice(start, start + p.size).reshape(*p.shape)
+
+    @property
+    def written(self):
+        """Names of the parameters whose gradient or batch statistic the program has computed."""
+        return frozenset(self._written)
+
+    # Entries
+
+    def launch(self, name, *arguments):
+        """Add a launch of kernel `name`; arguments are checked here, where the layer is known."""
+        kernel = sources.kernels().get(name)
+        if kernel is None:
+            raise GpunetError(f"{self.path}: there is no kernel '{name}'")
+        cast = check_launch(kernel, arguments, self.types, self.path)
+        pairs = list(zip(kernel.arguments, cast, strict=True))
+        self.entries.append(
+            Entry(
+                "launch",
+                name,
+                cast,
+                tuple(v for a, v in pairs if a.pointer and a.const),
+                tuple(v for a, v in pairs if a.output),
+                self.path,
+            )
+        )
+
+    def matmul(self, a, b, out, accumulate=0):
+        """Add out = a @ b, or out += a @ b: matrices, or batches of them with the same leading size."""
+        m, k = a.shape[-2:]
+        if b.shape[-2] != k or out.shape[-2:] != (m, b.shape[-1]) or a.shape[:-2] != b.shape[:-2]:
+            raise GpunetError(f"{self.path}: matmul: {a.shape} @ {b.shape} does not give {out.shape}")
+        flops = 2 * out.size * k
+        self.entries.append(
+            Entry("matmul", "matmul", (a, b, out), (a, b), (out,), self.path, flops, {"accumulate": accumulate})
+        )
+
+    def call(self, name, reads, writes, flops=0, **options):
+        """Add a call of the backend's own function `name` on `reads + writes`: one pass of an engine."""
+        self.entries.append(
+            Entry("call", name, (*reads, *writes), tuple(reads), tuple(writes), self.path, flops, options)
+        )
+
+    def reduce(self, x):
+        """Return the sum of `x` over the replicas; `x` itself where there is one."""
+        return self._collective("sum", x, x.shape)
+
+    def gather(self, x):
+        """Return `x` of every replica, stacked in replica order: shape (replicas, *x.shape)."""
+        if self.share.count == 1:
+            return x.reshape(1, *x.shape)
+        return self._collective("gather", x, (self.share.count, *x.shape))
+
+    def _collective(self, operation, x, shape):
+        if self.share.count == 1:
+            return x
+        out = self.empty(shape, x.dtype)
+        self.entries.append(Entry("reduce", operation, (x, out), (x,), (out,), self.path))
+        return out
+
+    def reduce_part(self, x):
+        """Sum a part of an arena over the replicas, into this replica's own arena; nobody else reads that part."""
+        if self.share.count > 1:
+            self.entries.append(Entry("reduce", "sum", (x, x), (x,), (x,), self.path))
+
+    def barrier(self):
+        """Wait for all replicas here."""
+        if self.share.count > 1:
+            self.entries.append(Entry("barrier", "barrier", (), (), (), self.path))
