@@ -1,0 +1,28 @@
+// Which windows of a convolution or pooling hold a position, and which taps of a window lie inside: one axis at a time.
+//
+// Window o holds padded positions o*stride .. o*stride + reach, reach = (taps - 1)*dilation; padded position p is input
+// position p - pad.
+#ifndef GPUNET_WINDOW
+#define GPUNET_WINDOW
+
+#include "common.cuh"
+
+// The first and last window that reach padded position p >= 0; first > last: none.
+DEVICE int first_window(int p, int reach, int stride) {
+    const int begin = p - reach;
+    return begin > 0 ? (begin + stride - 1) / stride : 0;
+}
+
+DEVICE int last_window(int p, int windows, int stride) { return min(p / stride, windows - 1); }
+
+// The tap at distance t >= 0 from a window's start, or -1 if t falls between two taps.
+DEVICE int tap_at(int t, int dilation) {
+    if (dilation == 1) return t;
+    const int tap = t / dilation;
+    return tap * dilation == t ? tap : -1;
+}
+
+// How many of positions start .. start + taps - 1 lie in -pad .. size + pad - 1: a window's share in an average.
+DEVICE int clipped(int start, int taps, int size, int pad) { return min(start + taps, size + pad) - max(start, -pad); }
+
+#endif
