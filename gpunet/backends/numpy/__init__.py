@@ -1,0 +1,125 @@
+"""The NumPy backend: every kernel is a Python function of the same name in the module of its stem.
+
+Where `fast_<stem>.py` has the function too, that one is bound: it is called once with the real arrays and returns
+the call to replay, or None for a case that it leaves to the definition.
+"""
+
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
+
+from gpunet.backends.numpy.scratch import Scratch
+from gpunet.errors import GpunetError
+
+REDUCE_BLOCK = 16384  # elements summed at a time, so that partial sums stay in the cache
+
+
+class Backend:
+    """Runs lists on the CPU, one Python call an entry."""
+
+    name = "numpy"
+    conv_engine = "blocked"
+
+    def __init__(self, fast=True):
+        self.fast = fast
+
+    def allocate(self, nbytes):
+        """Return zeroed bytes, aligned to 64."""
+        memory = np.zeros(nbytes + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        return memory[start : start + nbytes]
+
+    def adopt(self, array):
+        """Return the bytes of a contiguous host array, which is used as it is."""
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def view(self, memory, offset, tensor):
+        """Return the array for a tensor that lies `offset` bytes into `memory`."""
+        itemsize = tensor.dtype.itemsize
+        strides = tuple(s * itemsize for s in tensor.element_strides)
+        return np.ndarray(tensor.shape, tensor.dtype, memory, offset + tensor.offset * itemsize, strides)
+
+    def upload(self, view, array):
+        """Copy into a view."""
+        np.copyto(view, array)
+
+    def download(self, view):
+        """Return a copy."""
+        return view.copy()
+
+    def workspace(self):
+        """Return the scratch buffer of one replica."""
+        return Scratch()
+
+    def bind_launch(self, kernel, arguments, workspace):
+        """Bind the fast twin where there is one that covers the case, else the definition."""
+        if self.fast:
+            module = f"gpunet.backends.numpy.fast_{kernel.stem}"
+            twin = getattr(import_module(module), kernel.name, None) if find_spec(module) else None
+            if twin is not None:
+                workspace.reset()
+                call = twin(*arguments, scratch=workspace)
+                if call is not None:
+                    return call
+        twin = getattr(import_module(f"gpunet.backends.numpy.{kernel.stem}"), kernel.name, None)
+        if twin is None:
+            raise GpunetError(
+                f"{kernel.path}: kernel {kernel.name} has no twin in gpunet/backends/numpy/{kernel.stem}.py"
+            )
+        return partial(twin, *arguments)
+
+    def bind_matmul(self, a, b, out, accumulate, workspace):
+        """Multiply straight into `out`; an accumulating one goes by row blocks through scratch."""
+        if not accumulate:
+            return partial(np.matmul, a, b, out=out)
+        workspace.reset()
+        columns = out.shape[-1]
+        step = max(1, min(out.shape[-2], workspace.nbytes // 2 // (columns * out.itemsize)))
+        block = workspace((step, columns), out.dtype)
+        stacked = [x.reshape(-1, *x.shape[-2:]) if x.ndim == 2 else x for x in (a, b, out)]
+        pieces = [
+            (x[r : r + step], y, block[: min(step, z.shape[0] - r)], z[r : r + step])
+            for x, y, z in zip(*stacked, strict=True)
+            for r in range(0, z.shape[0], step)
+        ]
+
+        def run():
+            for x, y, product, z in pieces:
+                np.matmul(x, y, out=product)
+                np.add(z, product, out=z)
+
+        return run
+
+    def bind_call(self, name, views, options, workspace):
+        """Bind an engine's pass: a function of gpunet.backends.numpy.engines."""
+        workspace.reset()
+        return getattr(import_module("gpunet.backends.numpy.engines"), name)(*views, **options, scratch=workspace)
+
+    def bind_reduce(self, operation, views, out):
+        """Sum or stack the replicas' views; `out` may be one of them, which nobody else reads."""
+        if operation == "gather":
+            pairs = list(zip(out, views, strict=True))
+
+            def run():
+                for target, view in pairs:
+                    np.copyto(target, view)
+
+            return run
+        flat = [v.reshape(-1) for v in views]
+        total = out.reshape(-1)
+        block = np.empty(min(REDUCE_BLOCK, max(total.size, 1)), total.dtype)
+        pieces = [
+            ([v[i : i + block.size] for v in flat], total[i : i + block.size], block[: min(block.size, total.size - i)])
+            for i in range(0, total.size, block.size)
+        ]
+
+        def run():
+            for parts, target, partial_sum in pieces:
+                np.add(parts[0], parts[1], out=partial_sum)
+                for part in parts[2:]:
+                    np.add(partial_sum, part, out=partial_sum)
+                np.copyto(target, partial_sum)
+
+        return run

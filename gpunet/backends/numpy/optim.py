@@ -1,0 +1,98 @@
+"""Definitions of kernels/optim.cu: from a sum of gradients to new weights, for whole arenas.
+
+An arena is blocks of 256 elements; table[b] is the row, in a parameter's multipliers, of block b.
+"""
+
+import numpy as np
+
+GOOD_STEPS = 2000  # finite steps after which a dynamic loss scale doubles
+
+
+def gradient_norm(g, norms, n, parts):
+    """norms[p] = sum of g*g in double over the elements p*n//parts .. (p+1)*n//parts."""
+    for p in range(parts):
+        part = g.reshape(n)[p * n // parts : (p + 1) * n // parts].astype(np.float64)
+        with np.errstate(over="ignore"):
+            norms.reshape(parts)[p] = np.square(part).sum()
+
+
+def gradient_finish(norms, sums, rates, table, state, clip, dynamic, parts, steps, rows):
+    """norm = sqrt(sum of norms) / (count * loss_scale), count = sums[2]: writes state and a row of the table.
+
+    If norm and the loss sums[0] are finite: apply = 1, gradient_scale = min(1, clip / norm) / (count *
+    loss_scale) (clip 0: no min), good += 1, and where dynamic, GOOD_STEPS good steps double loss_scale.
+    If not: apply = good = 0, gradient_scale stays; where dynamic, loss_scale halves down to 1, else
+    halt = state.batch unless it is set. state.count = count. Row update % rows: loss / count, hits / count,
+    count, norm, rate of group 0, gradient_scale, apply, batch.
+    """
+    loss, hits, count, _ = sums.reshape(4)
+    loss_scale = float(state["loss_scale"])
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        norm = np.sqrt(norms.reshape(parts).sum()) / (count * loss_scale)
+        mean_loss, accuracy = loss / count, hits / count
+        clipped = min(1, clip / norm) if clip else 1
+    apply = np.isfinite(norm) and np.isfinite(loss)
+    state["apply"], state["count"] = apply, count
+    state["good"] = state["good"] + 1 if apply else 0
+    if apply:
+        state["gradient_scale"] = clipped / (count * loss_scale)
+        if dynamic and state["good"] >= GOOD_STEPS:
+            state["loss_scale"], state["good"] = loss_scale * 2, 0
+    elif dynamic:
+        state["loss_scale"] = max(loss_scale / 2, 1)
+    elif state["halt"] < 0:
+        state["halt"] = state["batch"]
+    rate = float(_rate(rates, state, steps)) * state["lr_scale"][0]
+    row = mean_loss, accuracy, count, norm, rate, state["gradient_scale"], apply, state["batch"]
+    table.reshape(rows, 8)[int(state["update"]) % rows] = row
+
+
+def sgd_update(
+    w, g, velocity, table, rate, decay, group, rates, state, momentum, nesterov, caffe, rows, steps, n
+):
+    """v = momentum * v + d; w -= lr * (nesterov ? d + momentum * v : v).
+
+    d = gradient_scale * g + decay[row] * w, lr = rates[update] * lr_scale[group[row]] * rate[row].
+    With caffe the velocity holds lr, so that a new rate reaches new steps only:
+    v' = momentum * v + lr * d; w -= nesterov ? (1 + momentum) * v' - momentum * v : v'.
+    Nothing happens if state.apply is 0.
+    """
+    if not state["apply"]:
+        return
+    w, g, velocity = (a.reshape(n // 256, 256) for a in (w, g, velocity))
+    table = table.reshape(-1)
+    lr_scale = state["lr_scale"].astype(w.dtype)[group.reshape(rows)]
+    lr = (_rate(rates, state, steps) * lr_scale * rate.reshape(rows))[table, None]
+    d = float(state["gradient_scale"]) * g + decay.reshape(rows)[table, None] * w
+    if caffe:
+        v = momentum * velocity + lr * d
+        w -= (1 + momentum) * v - momentum * velocity if nesterov else v
+    else:
+        v = momentum * velocity + d
+        w -= lr * (d + momentum * v if nesterov else v)
+    velocity[:] = v
+
+
+def statistics_update(running, batch, table, momentum, sums, state, rows, n):
+    """running += momentum[row] * (batch / sums[3] - running); nothing happens if state.apply is 0."""
+    if not state["apply"]:
+        return
+    running, batch = running.reshape(n // 256, 256), batch.reshape(n // 256, 256)
+    share = momentum.reshape(rows)[table.reshape(-1), None]
+    running += share * (batch / float(sums.reshape(4)[3]) - running)
+
+
+def state_update(state):
+    """update += apply."""
+    state["update"] += state["apply"]
+
+
+def state_advance(state, batches):
+    """batch += 1; epoch = batch // batches."""
+    state["batch"] += 1
+    state["epoch"] = state["batch"] // batches
+
+
+def _rate(rates, state, steps):
+    """The schedule at this update; its last entry holds on."""
+    return rates.reshape(steps)[min(int(state["update"]), steps - 1)]
