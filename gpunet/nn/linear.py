@@ -1,0 +1,64 @@
+"""The fully connected layer."""
+
+from gpunet.core.params import Parameter
+from gpunet.nn import init
+from gpunet.nn.graph import Layer, LayerError
+
+
+class Linear(Layer):
+    """y = x @ weight + bias, weight (in, out); an image of several axes is flattened first."""
+
+    def __init__(self, outputs, bias=True, weight_init=None, bias_init=None, bias_rate=1.0, bias_decay=1.0, name=None):
+        super().__init__(name)
+        self.outputs = outputs
+        self.bias = bias
+        self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
+        self._multipliers = bias_rate, bias_decay
+
+    def setup(self, shape):
+        """(outputs,); the weight's shape follows from the input."""
+        size = 1
+        for s in shape:
+            size *= s
+        if not self.parameters:
+            self.parameters["weight"] = Parameter((size, self.outputs), self._inits[0])
+            if self.bias:
+                rate, decay = self._multipliers
+                self.parameters["bias"] = Parameter((self.outputs,), self._inits[1], rate=rate, decay=decay)
+        expected = self.parameters["weight"].shape[0]
+        if size != expected:
+            raise LayerError(f"expected {expected} inputs, as at its first call, got {size}")
+        return (self.outputs,)
+
+    def forward(self, t, x):
+        """Trace one matmul and the bias."""
+        rows = x.reshape(x.shape[0], -1)
+        y = t.empty((x.shape[0], self.outputs))
+        t.matmul(rows, t.weight(self.parameters["weight"]), y)
+        if self.bias:
+            t.launch("bias_forward", t.weight(self.parameters["bias"]), y, y.shape[0], self.outputs)
+        return y, x
+
+    def backward(self, t, dy, saved):
+        """Trace dW = x^T dy, db = column sums of dy, dx = dy W^T."""
+        rows = saved.reshape(saved.shape[0], -1)
+        weight, accumulate = t.gradient(self.parameters["weight"])
+        t.matmul(rows.T, dy, weight, accumulate)
+        if self.bias:
+            bias_gradient(t, dy, self.parameters["bias"])
+        dx = t.empty(rows.shape)
+        t.matmul(dy, t.weight(self.parameters["weight"]).T, dx)
+        return dx.reshape(*saved.shape)
+
+    def flops(self, shapes, output):
+        """A multiplication and an addition a weight."""
+        return 2 * self.parameters["weight"].size
+
+
+def bias_gradient(t, dy, bias):
+    """Trace the gradient of a bias: dy summed over all but its last axis."""
+    c = dy.shape[-1]
+    parts = t.empty((t.parts, c), t.wide)
+    t.launch("column_sum", dy, parts, dy.size // c, c, t.parts)
+    gradient, accumulate = t.gradient(bias)
+    t.launch("sum_parts", parts, gradient, accumulate, t.parts, c)
