@@ -12,7 +12,6 @@ import os
 
 import numpy as np
 
-from gpunet.backends import backend as backend_of
 from gpunet.core.arenas import Arenas, Tensors
 from gpunet.core.backend import Types
 from gpunet.core.params import Layout
@@ -40,7 +39,7 @@ class Step:
         self.batch, self.seed, self.source, self.keep = batch, seed, source, tuple(keep)
         self._check(batch, source)
         self.types = Types.of(dtype)
-        self.backend = backend_of(backend) if isinstance(backend, str) else backend
+        self.backend = _named(backend) if isinstance(backend, str) else backend
         self.replicas = max(1, min(replicas or len(os.sched_getaffinity(0)), batch))
         parameters = graph.parameters()
         self.layouts = {
@@ -376,6 +375,12 @@ class Step:
         whole = t.arena(arena)
         size = t.share.size * (whole.size // whole.shape[0])
         return whole.reshape(-1).slice(0, size).reshape(t.share.size, *whole.shape[1:])
+
+
+def _named(backend):
+    from gpunet.backends import backend as named  # the floor above: only a name needs it
+
+    return named(backend)
 
 
 def _state_of(step, source):

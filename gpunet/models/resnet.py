@@ -2,6 +2,7 @@
 
 from gpunet.errors import GpunetError
 from gpunet.nn import Add, BatchNorm, Block, Conv2d, GlobalAvgPool, Graph, Input, Linear, MaxPool, ReLU, Sequential
+from gpunet.nn.init import HEAD
 
 
 def conv_bn_relu(width, stride=1, name=None):
@@ -42,7 +43,7 @@ def resnet(input_shape=(32, 32, 3), classes=10, depth=20, widths=(16, 32, 64)):
         for number in range(1, (depth - 2) // 6 + 1):
             first = number == 1 and stage > 1
             x = BasicBlock(width, 2 if first else 1, project=first, name=f"stage{stage}_block{number}")(x)
-    return Graph(image, Linear(classes, name="head")(GlobalAvgPool()(x)))
+    return Graph(image, Linear(classes, weight_init=HEAD, name="head")(GlobalAvgPool()(x)))
 
 
 class _Residual(Block):
@@ -70,4 +71,4 @@ def resnet9(input_shape=(32, 32, 3), classes=10, widths=(64, 128, 256, 512)):
             layers.append(_Residual(width, name="residual"))
         x = Sequential(*layers, name=f"stage{stage}")(x)
     x = MaxPool(tuple(max(1, size // 8) for size in input_shape[:2]), name="pool")(x)
-    return Graph(image, Linear(classes, name="head")(x))
+    return Graph(image, Linear(classes, weight_init=HEAD, name="head")(x))

@@ -51,6 +51,7 @@ def _scaled(distribution, variance):
     return draw
 
 
+HEAD = he("uniform", 1 / 3)  # of a classifier's last layer: logits start small, so the loss starts near log(classes)
 INITS = {"normal": normal, "uniform": uniform, "xavier": xavier, "he": he, "constant": constant}
 
 

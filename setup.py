@@ -1,0 +1,56 @@
+"""What gpunet is to pip. kernels/ and configs/ stand beside the package here and inside it in a wheel."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+INIT = (ROOT / "gpunet/__init__.py").read_text(encoding="utf-8")
+
+setup(
+    name="gpunet",
+    version=re.search(r'^__version__ = "(.+)"$', INIT, re.M)[1],
+    description="Convolutional networks: CUDA kernels on an NVIDIA GPU, the same program in NumPy without",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="gpunet contributors",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    install_requires=[
+        "numpy>=2",
+        "pillow",
+        "tqdm",
+        "pydantic>=2",
+        "typer",
+        "safetensors",
+        "pooch",
+        "matplotlib",
+        "ml-dtypes",
+        "threadpoolctl",
+    ],
+    extras_require={
+        "cuda12": ["cupy-cuda12x>=14"],
+        "cuda13": ["cupy-cuda13x>=14"],
+        # setuptools: the tests build the wheel that they check
+        "test": [
+            "pytest",
+            "hypothesis",
+            "nvidia-cuda-nvrtc>=13,<14",
+            "nvidia-cuda-runtime>=13,<14",
+            "setuptools>=77",
+        ],
+        "bench": ["torch"],
+        # one ruff at a time: a newer one brings new rules
+        "dev": ["ruff>=0.17,<0.18", "build"],
+    },
+    entry_points={"console_scripts": ["gpunet = gpunet.cli:main"]},
+    packages=[*find_packages(include=["gpunet", "gpunet.*"]), "gpunet.kernels", "gpunet.configs"],
+    package_dir={"gpunet": "gpunet", "gpunet.kernels": "kernels", "gpunet.configs": "configs"},
+    package_data={
+        "gpunet.kernels": ["*.cu", "*.cuh", "README.md", "emulator/**"],
+        "gpunet.configs": ["*.toml"],
+    },
+    zip_safe=False,
+)
