@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "numpy>=2",
-        "pillow",
+        "pillow>=10.1",
         "tqdm",
         "pydantic>=2",
         "typer",

@@ -1,0 +1,122 @@
+"""Looking at data: the contact sheet of a split, and a report of what a folder holds and what is wrong with it."""
+
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from gpunet.data import cifar
+from gpunet.data.folder import list_pictures
+from gpunet.data.picture import open_image
+from gpunet.errors import GpunetError
+
+GAP = 2  # pixels between pictures
+
+
+def contact_sheet(split, classes, columns=12):
+    """Return a Pillow image: a row a class under its name with its first pictures; without classes, plain rows.
+
+    Small pictures are enlarged to about 64 pixels; float pixels are shown from their lowest to their highest value.
+    """
+    if split.labels is None:
+        rows = [range(start, min(start + columns, len(split))) for start in range(0, len(split), columns)][:10]
+        names = [""] * len(rows)
+    else:
+        rows = [np.flatnonzero(split.labels == i)[:columns] for i in range(len(classes))]
+        names = [f"{name} ({np.count_nonzero(split.labels == i):,})" for i, name in enumerate(classes)]
+    height, width, _ = split.images.shape[1:]
+    zoom = max(1, 64 // max(height, width))
+    height, width = height * zoom, width * zoom
+    font = ImageFont.load_default(14)
+    margin = 5 * GAP + max(int(font.getlength(name)) for name in names)
+    line = max(height, 18) + GAP
+    sheet = Image.new("RGB", (margin + columns * (width + GAP), len(rows) * line + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (index, name) in enumerate(zip(rows, names, strict=True)):
+        top = GAP + row * line
+        pen.text((GAP, top + height // 2), name, fill="black", font=font, anchor="lm")
+        for column, pixels in enumerate(_visible(split.images[index])):
+            picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + column * (width + GAP), top))
+    return sheet
+
+
+def _visible(images):
+    """Return the images as uint8 (n, h, w, 3); of other than 3 channels the first, in grey."""
+    if images.dtype != np.uint8 and images.size:
+        low, high = images.min(), images.max()
+        images = ((images - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return images if images.shape[3] == 3 else images[..., :1].repeat(3, axis=3)
+
+
+@dataclass
+class Report:
+    """What `check` found: `kind`, the pictures a class of each split, and what is wrong, a line each."""
+
+    kind: str
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self):
+        lines = [self.kind]
+        for split, counts in self.counts.items():
+            lines.append(f"{split}: {sum(counts.values()):,} pictures in {len(counts)} classes")
+            lines += [f"  {name:<20} {count:>7,}" for name, count in counts.items()]
+        lines += [f"problem: {problem}" for problem in self.problems] or ["no problem found"]
+        return "\n".join(lines)
+
+
+def check(directory):
+    """Return a Report on a folder: CIFAR in either layout, or folders of pictures, all of which are opened."""
+    root = Path(directory).expanduser()
+    if not root.is_dir():
+        raise GpunetError(f"{root}: expected a folder, found {'a file' if root.exists() else 'nothing'}")
+    for name, layout in cifar.SETS.items():
+        try:
+            found = cifar.find(layout, [root])
+            if found:
+                dataset = cifar.read(name, *found, list(layout.classes)[-1])
+                return Report(f"{name} in {found[0]}", {n: _counts(dataset, s) for n, s in dataset.splits.items()})
+        except GpunetError as error:
+            return Report(f"{name} in {root}", problems=[str(error)])
+    return _check_pictures(root)
+
+
+def _counts(dataset, split):
+    return dict(zip(dataset.classes, np.bincount(split.labels, minlength=len(dataset.classes)).tolist(), strict=True))
+
+
+def _check_pictures(root):
+    """Open every picture; note unreadable and unused files and pictures that stand in two splits."""
+    report = Report(f"folders of pictures in {root}")
+    try:
+        classes, listing = list_pictures(root)
+    except GpunetError as error:
+        report.problems.append(str(error))
+        return report
+    homes, sizes = defaultdict(set), Counter()
+    for split, pictures in listing.items():
+        report.counts[split] = dict.fromkeys(classes, 0)
+        for path, label in pictures:
+            try:
+                sizes[open_image(path).size] += 1
+                homes[hashlib.sha256(path.read_bytes()).digest()].add((split, path))
+                report.counts[split][classes[label]] += 1
+            except GpunetError as error:
+                report.problems.append(str(error))
+        used = {path for path, _ in pictures}
+        unused = [p for p in (root / split).rglob("*") if p.is_file() and p not in used and p.name[0] != "."]
+        if unused:
+            report.problems.append(f"{split}: {len(unused)} files are not used: {', '.join(map(str, unused[:5]))}")
+    for places in homes.values():
+        if len({split for split, _ in places}) > 1:
+            report.problems.append(
+                f"the same picture in several splits: {', '.join(sorted(str(p) for _, p in places))}"
+            )
+    if sizes:
+        (width, height), count = sizes.most_common(1)[0]
+        report.kind += f", most often {height} x {width} pixels ({count:,} of {sizes.total():,})"
+    return report
