@@ -49,7 +49,7 @@ KERNEL batch_crop_flip(const pixel* images /*set*h*w*c*/, const int* order /*pla
     const int top = crop[0], left = crop[1], step = crop[2];
     for (int oy = threadIdx.x / WARP; oy < oh; oy += THREADS / WARP) {
         const int iy = reflect ? mirrored(top + oy, h) : top + oy;
-        ROLLED for (int e = threadIdx.x % WARP; e < ow * c; e += WARP) {
+        for (int e = threadIdx.x % WARP; e < ow * c; e += WARP) {
             const int ox = e / c, channel = e - ox * c, column = left + step * ox;
             const int ix = reflect ? mirrored(column, w) : column;
             wide v = 0;

@@ -10,15 +10,15 @@
 // nearest even and give the same bits on a GPU and under g++. Literals are written wide(0.5): neither a float kernel
 // computes in double nor a double one in float.
 //
-// Outside CUDA the shim must define __global__, __device__, __shared__, __launch_bounds__, blockIdx, threadIdx, gridDim,
-// __syncthreads, __shfl_xor_sync for 4- and 8-byte types, and exp, erf, log, sqrt, tanh, min, max as overloads of the
-// global namespace. No kernel uses more of CUDA than that.
+// Outside CUDA the shim must define __global__, __device__, __shared__, blockIdx, threadIdx, gridDim, __syncthreads,
+// __shfl_xor_sync for 4- and 8-byte types, and exp, erf, log, sqrt, tanh, min, max as overloads of the global namespace.
+// No kernel uses more of CUDA than that.
 #ifndef GPUNET_COMMON
 #define GPUNET_COMMON
 
 #define THREADS 256  // of every block of every launch
 #define WARP 32
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+#define KERNEL extern "C" __global__ void  // no __launch_bounds__: told 256, ptxas spills to reach an occupancy
 #define DEVICE static __device__ inline
 
 // The loop of a kernel whose launch line says over=n: whatever the grid, each i of 0 .. n-1 is taken by one thread.
@@ -26,11 +26,9 @@
     for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < (n); i += (long long)gridDim.x * THREADS)
 
 #ifdef __CUDACC__
-#define UNROLL _Pragma("unroll")    // small arrays indexed by the loop stay in registers
-#define ROLLED _Pragma("unroll 1")  // where copies of the body would spill
+#define UNROLL _Pragma("unroll")  // small arrays indexed by the loop stay in registers
 #else
 #define UNROLL
-#define ROLLED
 #endif
 
 #ifndef REAL

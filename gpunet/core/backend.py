@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -114,7 +115,7 @@ def dtypes_of(kind, types):
 
 
 def _check_tensor(declared, given, types, where):
-    if not hasattr(given, "base"):
+    if not hasattr(given, "element_strides"):
         raise GpunetError(f"{where}: expected a tensor, got {type(given).__name__} {given!r}")
     accepted = dtypes_of(declared.type, types)
     if given.dtype not in accepted:
@@ -126,12 +127,11 @@ def _check_tensor(declared, given, types, where):
 
 def _cast(declared, given, types, where):
     dtype = dtypes_of(declared.type, types)[0]
-    if hasattr(given, "base") or isinstance(given, str) or given is None:
+    if not isinstance(given, Real):
         raise GpunetError(f"{where}: expected a number of type {declared.type}, got {type(given).__name__}")
     if dtype.kind in "iu":
-        value = int(given)
         limits = np.iinfo(dtype)
-        if value != given or not limits.min <= value <= limits.max:
+        if not limits.min <= given <= limits.max or given != int(given):
             raise GpunetError(f"{where}: expected {declared.type} in [{limits.min}, {limits.max}], got {given!r}")
-        return value
+        return int(given)
     return float(dtype.type(given))

@@ -20,7 +20,7 @@ class Team:
         self._work = [None] * count
         self._errors = [None] * count
         self._start = [threading.Semaphore(0) for _ in range(count)]
-        self._done = threading.Semaphore(0)
+        self._idle = [threading.Event() for _ in range(count)]
         self._threads = [threading.Thread(target=self._serve, args=(i,), daemon=True) for i in range(1, count)]
         for thread in self._threads:
             thread.start()
@@ -30,16 +30,16 @@ class Team:
         self._barrier.wait()
 
     def run(self, lists):
-        """Run one list of calls a replica."""
+        """Run one list of calls a replica. An error, Ctrl-C too, is raised when all have stopped."""
         with self._one_blas_thread():
             for i in range(1, self.count):
                 self._work[i] = lists[i]
+                self._idle[i].clear()
                 self._start[i].release()
-            try:
-                self._replay(0, lists[0])
-            finally:
-                for _ in self._threads:
-                    self._done.acquire()
+            self._replay(0, lists[0])
+            for idle in self._idle[1:]:
+                self._replay(0, [idle.wait])
+                idle.wait()  # again where Ctrl-C came while it waited
         errors = [e for e in self._errors if e is not None]
         if errors:
             self._errors = [None] * self.count
@@ -62,7 +62,7 @@ class Team:
             if self._work[index] is None:
                 return
             self._replay(index, self._work[index])
-            self._done.release()
+            self._idle[index].set()
 
     def _replay(self, index, calls):
         try:

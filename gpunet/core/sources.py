@@ -25,8 +25,9 @@ SCALARS = {
     "float": "f4",
     "double": "f8",
 }
+TYPES = (*SCALARS, "real", "wide", "pixel", "State")
 DECLARATION = re.compile(r"(?://\s*launch:\s*(over|blocks)\s*=\s*([^\n]+)\n\s*)?KERNEL\s+(\w+)\s*\(([^{;]*)\)\s*\{")
-PARAMETER = re.compile(r"(const\s+)?([\w ]+?)\s*(\*?)\s*(\w+)\s*(?:/\*([^*]*(?:\*(?!/)[^*]*)*)\*/)?")
+PARAMETER = re.compile(r"(const\s+)?([\w ]+?)\s*(\*?)\s*\b(\w+)\s*(?:/\*([^*]*(?:\*(?!/)[^*]*)*)\*/)?")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,23 @@ def parse(path):
             )
         arguments = tuple(_argument(piece, path, line, name) for piece in _pieces(body))
         kernels[name] = Kernel(name, path, form, count.strip(), arguments)
+        _check_expressions(kernels[name], line)
     return kernels
+
+
+def _check_expressions(kernel, line):
+    """Raise GpunetError where an extent or the launch's count is no expression over the integer parameters."""
+    integers = [a.name for a in kernel.arguments if not a.pointer and SCALARS.get(a.type, "f")[0] in "iu"]
+    for expression in (kernel.count, *(a.extent for a in kernel.arguments if a.pointer)):
+        try:
+            unknown = set(compile(expression, kernel.name, "eval").co_names) - {*integers, "min", "max"}
+        except SyntaxError:
+            unknown = True
+        if unknown:
+            raise GpunetError(
+                f"{kernel.path}:{line}: {kernel.name}: expected an expression over "
+                f"{', '.join(integers) or 'no parameter'}, got '{expression}'"
+            )
 
 
 def _pieces(body):
@@ -96,6 +113,8 @@ def _argument(piece, path, line, kernel):
     if not match:
         raise GpunetError(f"{path}:{line}: {kernel}: cannot read the parameter '{piece}'")
     const, kind, star, name, extent = match.groups()
+    if kind not in TYPES:
+        raise GpunetError(f"{path}:{line}: {kernel}: {name}: expected a type of {', '.join(TYPES)}, got '{kind}'")
     if star and extent is None:
         if kind != "State":
             raise GpunetError(f"{path}:{line}: {kernel}: pointer '{name}' has no extent comment such as /*n*/")

@@ -4,7 +4,7 @@ The Trainer, custom training loops and tests use this class and nothing below it
 
     step = Step(graph, loss, optimizer, batch=128, source=source)
     step()                              # gradient, update, advance: one training step
-    step.gradient(x, y); step.update()  # the same on the caller's own arrays
+    step.gradient(x, y); step.update(); step.advance()  # the same on the caller's own arrays
     step.predict(x); step.read("stage1.conv.weight:gradient")
 """
 
@@ -76,7 +76,7 @@ class Step:
         keys = []
         for ahead in range(accumulate):
             keys += [*self._next_gradient(ahead > 0, ahead), ("advance", self.source.name)]
-        self._replay.run([*keys[:-1], ("update",), keys[-1]])
+        self._run([*keys[:-1], ("update",), keys[-1]])
 
     def gradient(self, x=None, y=None, *, accumulate=False):
         """Compute loss and gradients of x (n, h, w, c) and y, labels (n,) or targets (n, k), or of the next batch.
@@ -84,7 +84,7 @@ class Step:
         Changes no weight, statistic or counter. accumulate: add to the gradients that are there.
         """
         if x is None:
-            self._replay.run(self._next_gradient(accumulate))
+            self._run(self._next_gradient(accumulate))
             return
         x, y = self._check_inputs(np.asarray(x), np.asarray(y))
         self._scatter("input", x)
@@ -96,8 +96,8 @@ class Step:
         self._replay.run([("update",)])
 
     def advance(self):
-        """Move to the source's next batch."""
-        self._replay.run([("advance", self.source.name)])
+        """Move to the source's next batch; without a source only draws depend on it."""
+        self._replay.run([("advance", self.source.name if self.source else None)])
 
     def predict(self, x):
         """Return the network's output for x (n, h, w, c): floats as it takes them, or uint8 pixels of the source."""
@@ -120,11 +120,16 @@ class Step:
     def evaluate(self, source):
         """Return dict(loss, accuracy, count) of the network in inference on all images of a source."""
         self._add_source(source)
+        before = self.state
         self._arenas.set(_state_of(self, source), new_state())
         self._arenas.set("evaluation", np.zeros(4))
-        self._replay.run([("order", source.name)])
-        for _ in range(source.batches(self.batch)):
-            self._replay.run([("evaluate", source.name), ("advance", source.name)])
+        try:
+            self._replay.run([("order", source.name)])
+            for _ in range(source.batches(self.batch)):
+                self._replay.run([("evaluate", source.name), ("advance", source.name)])
+        finally:
+            if source is self.source:
+                self.state = before
         return _means(self._arenas.sum("evaluation"))
 
     # What can be read and set
@@ -200,15 +205,14 @@ class Step:
         for name, layout in self.layouts.items():
             declare(name, (layout.size,), wide, lambda layout=layout: layout.initial(self.seed, wide), shared=True)
             declare(f"{name}.table", (layout.blocks,), np.int32, layout.table, shared=True)
-            for column, dtype, factor in (
-                ("rate", wide, 1),
-                ("decay", wide, getattr(self.optimizer, "weight_decay", 0.0)),
-                ("group", np.int32, 1),
-            ):
-                values = (
-                    layout.rows(column, dtype) * dtype.type(factor) if dtype is wide else layout.rows(column, dtype)
-                )
-                declare(f"{name}.{column}", values.shape, dtype, lambda values=values: values, shared=True)
+        for name, column, dtype, factor in (
+            ("weights", "rate", wide, 1),
+            ("weights", "decay", wide, getattr(self.optimizer, "weight_decay", 0.0)),
+            ("weights", "group", np.int32, 1),
+            ("statistics", "rate", wide, 1),
+        ):
+            values = self.layouts[name].rows(column, dtype) * np.dtype(dtype).type(factor)
+            declare(f"{name}.{column}", values.shape, dtype, lambda values=values: values, shared=True)
         declare("gradient", (self.layouts["weights"].size,), wide)
         declare("batch_statistics", (self.layouts["statistics"].size,), wide)
         for slot in _slots(self.optimizer):
@@ -261,6 +265,15 @@ class Step:
 
     # Inside: what each program traces. A key is (kind, ...).
 
+    def _run(self, keys):
+        """Replay; after a failure every replica is at the batch it was at, and the order is drawn again."""
+        before = self.state
+        try:
+            self._replay.run(keys)
+        except BaseException:
+            self.state = before
+            raise
+
     def _next_gradient(self, accumulate, ahead=0):
         """Return the keys that compute the gradient of the batch `ahead` of the next, the order first if it is due."""
         if self.source is None:
@@ -305,6 +318,7 @@ class Step:
         t.mark("prediction", y)
         dy = self._trace_loss(t, y, targets, "state", "sums", int(accumulate))
         self.graph.backward(t, dy, saved)
+        t.barrier()  # the next program may write what a slow replica still reads: its part of a sum, the order
         unused = self.layouts["weights"].parameters.keys() - t.written
         if unused:
             raise GpunetError(
@@ -361,6 +375,9 @@ class Step:
         t.barrier()
 
     def _trace_advance(self, t, name):
+        if name is None:
+            t.launch("state_advance", t.arena("state"), 1)
+            return
         source = self._sources[name]
         t.launch("state_advance", t.arena(_state_of(self, source)), source.batches(self.batch))
 

@@ -198,6 +198,8 @@ class Trace:
 
     def batch_statistic(self, p):
         """Return (tensor, accumulate): where this batch's value of a running statistic goes."""
+        if p.name in self._written:
+            raise GpunetError(f"{self.path}: expected one call of a layer with running statistics, got another")
         return self._result("batch_statistics", "statistics", p)
 
     def _result(self, arena, layout, p):

@@ -150,8 +150,10 @@ class Graph:
             )
         for key, parameter in node.layer.parameters.items():
             if parameter not in self._parameters:
-                parameter.name = f"{node.path}.{key}"
-                self._parameters[parameter] = parameter.name
+                name = f"{node.path}.{key}"
+                if parameter.name not in ("", name):
+                    raise GpunetError(f"{name}: in another graph it is {parameter.name}; give its layer a name")
+                parameter.name = self._parameters[parameter] = name
 
     def parameters(self):
         """All parameters, each once, in call order."""

@@ -6,7 +6,7 @@ from gpunet.nn.graph import Layer, LayerError, spatial
 
 def pair(value, what):
     """Return (y, x) of one number or two."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2 or not all(isinstance(v, int) and v >= 0 for v in values):
         raise GpunetError(f"{what}: expected one or two whole numbers, got {value!r}")
     return values

@@ -1,0 +1,613 @@
+"""Arguments to try every kernel with: sizes, odd ones first, flags, tails; never expected values.
+
+CASES[kernel](rng, size_index, real, wide) returns the kernel's arguments by name and in order, for size_index
+0 .. SIZES-1: arrays in the shape a definition expects, ints, floats. Values are of order one. Arrays that a
+kernel overwrites come full of NaN (or of another impossible value), so that what it leaves out shows.
+"""
+
+import numpy as np
+
+from gpunet.core.random import lanes
+from gpunet.core.state import new_state
+
+SIZES = 8
+CASES = {}
+
+
+def case(*kernels):
+    """Enter a function(rng, size_index, real, wide) for these kernels."""
+
+    def enter(function):
+        CASES.update(dict.fromkeys(kernels, function))
+        return function
+
+    return enter
+
+
+def random(rng, shape, dtype, scale=1.0):
+    """Normal values of this deviation; one in seven is 0, for ties and kinks."""
+    return (rng.normal(0, scale, shape) * (rng.random(shape) > 1 / 7)).astype(dtype)
+
+
+def positive(rng, shape, dtype):
+    """Values in 0.5 .. 2."""
+    return rng.uniform(0.5, 2, shape).astype(dtype)
+
+
+def blank(shape, dtype):
+    """An array to be overwritten: NaN, or 99."""
+    return np.full(shape, np.nan if np.dtype(dtype).kind not in "iu" else 99, dtype)
+
+
+def total(rng, shape, dtype, accumulate):
+    """An array to be added to, or to be overwritten."""
+    return random(rng, shape, dtype) if accumulate else blank(shape, dtype)
+
+
+def state(**fields):
+    """The first state, with these fields changed."""
+    changed = new_state()
+    for name, value in fields.items():
+        changed[name] = value
+    return changed
+
+
+# activation, elementwise
+
+COUNTS = [1, 31, 256, 257, 1009, 4099, 3, 64]
+MATRICES = [(1, 1), (31, 3), (256, 5), (257, 31), (2, 7), (1009, 4), (64, 33), (100, 130)]  # rows, c
+PARTS = [1, 3, 3, 1, 3, 3, 1, 3]  # with two rows in three parts, one is empty
+
+
+@case("relu_forward", "sigmoid_forward", "tanh_forward", "gelu_forward", "silu_forward")
+def _forward(rng, size, real, wide):
+    n = COUNTS[size]
+    x = random(rng, n, real, 3)
+    if size == 4:
+        x[:5] = np.nan, 100, -100, 20, -20
+    return {"x": x, "y": blank(n, real), "n": n}
+
+
+@case("relu_backward", "sigmoid_backward", "tanh_backward")
+def _backward_from_y(rng, size, real, wide):
+    n = COUNTS[size]
+    return {"dy": random(rng, n, real), "y": random(rng, n, real), "dx": blank(n, real), "n": n}
+
+
+@case("gelu_backward", "silu_backward")
+def _backward_from_x(rng, size, real, wide):
+    n = COUNTS[size]
+    return {"dy": random(rng, n, real), "x": random(rng, n, real, 3), "dx": blank(n, real), "n": n}
+
+
+@case("leaky_relu_forward")
+def _leaky_relu_forward(rng, size, real, wide):
+    n = COUNTS[size]
+    return {"x": random(rng, n, real), "y": blank(n, real), "slope": [0.0, 0.01, 0.3][size % 3], "n": n}
+
+
+@case("leaky_relu_backward")
+def _leaky_relu_backward(rng, size, real, wide):
+    n = COUNTS[size]
+    arrays = {"dy": random(rng, n, real), "y": random(rng, n, real), "dx": blank(n, real)}
+    return {**arrays, "slope": [0.0, 0.01, 0.3][size % 3], "n": n}
+
+
+@case("add_forward")
+def _add_forward(rng, size, real, wide):
+    n = COUNTS[size]
+    return {"a": random(rng, n, real), "b": random(rng, n, real), "y": blank(n, real), "n": n}
+
+
+@case("concat_forward")
+def _concat_forward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    offset = [0, 1, 4, 16][size % 4]
+    width = c + offset + size % 3
+    arrays = {"x": random(rng, (rows, c), real), "y": random(rng, (rows, width), real)}
+    return {**arrays, "rows": rows, "c": c, "width": width, "offset": offset}
+
+
+@case("concat_backward")
+def _concat_backward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    offset = [0, 1, 4, 16][size % 4]
+    width = c + offset + size % 3
+    arrays = {"dy": random(rng, (rows, width), real), "dx": blank((rows, c), real)}
+    return {**arrays, "rows": rows, "c": c, "width": width, "offset": offset}
+
+
+@case("bias_forward")
+def _bias_forward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    return {"b": random(rng, c, wide), "y": random(rng, (rows, c), real), "rows": rows, "c": c}
+
+
+@case("column_sum")
+def _column_sum(rng, size, real, wide):
+    (rows, c), parts = MATRICES[size], PARTS[size]
+    return {
+        "x": random(rng, (rows, c), real),
+        "sums": blank((parts, c), wide),
+        "rows": rows,
+        "c": c,
+        "parts": parts,
+    }
+
+
+@case("sum_parts")
+def _sum_parts(rng, size, real, wide):
+    n, parts, accumulate = COUNTS[size], [1, 3, 2, 31, 3, 5, 300, 1][size], size % 2
+    arrays = {"x": random(rng, (parts, n), wide), "y": total(rng, n, wide, accumulate)}
+    return {**arrays, "accumulate": accumulate, "parts": parts, "n": n}
+
+
+# conv, pool
+
+WINDOW = ("n", "h", "w", "c", "oh", "ow", "kh", "kw", "stride_y", "stride_x", "pad_y", "pad_x")
+CONVOLUTIONS = [  # n, h, w, c, kh, kw, strides, pads, dilations, groups
+    (1, 1, 1, 1, 1, 1, (1, 1), (0, 0), (1, 1), 1),
+    (2, 5, 7, 3, 3, 3, (1, 1), (1, 1), (1, 1), 1),
+    (1, 8, 6, 4, 2, 3, (2, 1), (0, 1), (1, 1), 2),
+    (3, 7, 7, 6, 3, 3, (2, 2), (1, 1), (1, 1), 6),
+    (2, 9, 8, 10, 3, 2, (1, 2), (2, 1), (2, 3), 5),
+    (1, 11, 5, 31, 5, 1, (3, 1), (2, 0), (1, 1), 1),
+    (2, 5, 4, 8, 1, 1, (2, 2), (0, 0), (1, 1), 1),
+    (1, 6, 3, 12, 4, 5, (1, 1), (3, 4), (1, 1), 3),
+]
+
+
+def _convolution(size):
+    n, h, w, c, kh, kw, stride, pad, dilation, groups = CONVOLUTIONS[size]
+    oh, ow = (
+        (extent + 2 * p - d * (k - 1) - 1) // s + 1
+        for extent, k, s, p, d in zip((h, w), (kh, kw), stride, pad, dilation, strict=True)
+    )
+    names = (*WINDOW, "dilation_y", "dilation_x", "groups")
+    return dict(zip(names, (n, h, w, c, oh, ow, kh, kw, *stride, *pad, *dilation, groups), strict=True))
+
+
+def _columns_shape(g):
+    return g["groups"], g["n"] * g["oh"] * g["ow"], g["kh"] * g["kw"] * (g["c"] // g["groups"])
+
+
+def _image_shape(g):
+    return g["n"], g["h"], g["w"], g["c"]
+
+
+@case("unfold")
+def _unfold(rng, size, real, wide):
+    g = _convolution(size)
+    return {"x": random(rng, _image_shape(g), real), "columns": blank(_columns_shape(g), real), **g}
+
+
+@case("fold")
+def _fold(rng, size, real, wide):
+    g = _convolution(size)
+    return {"columns": random(rng, _columns_shape(g), real), "x": blank(_image_shape(g), real), **g}
+
+
+POOLINGS = [  # n, h, w, c, kh, kw, strides, pads, whether oh and ow round up, include_pad
+    (1, 1, 1, 1, 1, 1, (1, 1), (0, 0), False, 0),
+    (2, 6, 6, 5, 2, 2, (2, 2), (0, 0), False, 1),
+    (2, 8, 6, 3, 3, 3, (2, 2), (0, 0), True, 1),
+    (1, 8, 8, 4, 3, 3, (2, 2), (1, 1), True, 1),
+    (1, 8, 8, 6, 3, 3, (2, 2), (1, 1), True, 0),
+    (2, 10, 7, 8, 2, 3, (3, 2), (1, 1), True, 1),
+    (1, 5, 9, 31, 5, 3, (1, 2), (2, 1), False, 0),
+    (3, 4, 13, 1, 4, 2, (4, 3), (0, 1), False, 1),
+]
+
+
+def _pooled(extent, k, stride, pad, up):
+    """Windows along an axis; rounding up, the last one must still begin in the image or its left padding."""
+    out = (extent + 2 * pad - k + (stride - 1) * up) // stride + 1
+    return out - ((out - 1) * stride >= extent + pad)
+
+
+def _pooling(size):
+    n, h, w, c, kh, kw, stride, pad, up, _ = POOLINGS[size]
+    oh, ow = _pooled(h, kh, stride[0], pad[0], up), _pooled(w, kw, stride[1], pad[1], up)
+    return dict(zip(WINDOW, (n, h, w, c, oh, ow, kh, kw, *stride, *pad), strict=True))
+
+
+def _pooled_shape(g):
+    return g["n"], g["oh"], g["ow"], g["c"]
+
+
+@case("maxpool_forward")
+def _maxpool_forward(rng, size, real, wide):
+    g = _pooling(size)
+    x = random(rng, _image_shape(g), real)
+    if size % 2:
+        x = np.minimum(x, real.type(-1))  # all below a padding of zeros, with many ties
+    return {"x": x, "y": blank(_pooled_shape(g), real), "index": blank(_pooled_shape(g), np.uint8), **g}
+
+
+@case("maxpool_backward")
+def _maxpool_backward(rng, size, real, wide):
+    g = _pooling(size)
+    index = rng.integers(0, g["kh"] * g["kw"], _pooled_shape(g), np.uint8)  # some point at padding: lost
+    return {"dy": random(rng, index.shape, real), "index": index, "dx": blank(_image_shape(g), real), **g}
+
+
+@case("avgpool_forward")
+def _avgpool_forward(rng, size, real, wide):
+    g = _pooling(size)
+    arrays = {"x": random(rng, _image_shape(g), real), "y": blank(_pooled_shape(g), real)}
+    return {**arrays, **g, "include_pad": POOLINGS[size][-1]}
+
+
+@case("avgpool_backward")
+def _avgpool_backward(rng, size, real, wide):
+    g = _pooling(size)
+    arrays = {"dy": random(rng, _pooled_shape(g), real), "dx": blank(_image_shape(g), real)}
+    return {**arrays, **g, "include_pad": POOLINGS[size][-1]}
+
+
+IMAGES = [(1, 1, 1), (2, 31, 3), (3, 64, 5), (2, 49, 31), (1, 1009, 2), (5, 16, 64), (31, 1, 10), (2, 9, 33)]
+
+
+@case("global_average_forward")
+def _global_average_forward(rng, size, real, wide):
+    n, pixels, c = IMAGES[size]
+    x = random(rng, (n, pixels, c), real)
+    return {"x": x, "y": blank((n, c), real), "n": n, "pixels": pixels, "c": c}
+
+
+@case("global_average_backward")
+def _global_average_backward(rng, size, real, wide):
+    n, pixels, c = IMAGES[size]
+    dy = random(rng, (n, c), real)
+    return {"dy": dy, "dx": blank((n, pixels, c), real), "n": n, "pixels": pixels, "c": c}
+
+
+# batchnorm
+
+
+@case("batchnorm_moments")
+def _batchnorm_moments(rng, size, real, wide):
+    (rows, c), parts = MATRICES[size], PARTS[size]
+    x = random(rng, (rows, c), real) + real.type(3 * (size % 2))
+    return {"x": x, "moments": blank((parts, 3, c), wide), "rows": rows, "c": c, "parts": parts}
+
+
+@case("batchnorm_combine")
+def _batchnorm_combine(rng, size, real, wide):
+    c, parts = COUNTS[size], [1, 3, 3, 2, 1, 3, 31, 300][size]
+    moments = random(rng, (parts, 3, c), wide)
+    moments[:, 0] = rng.integers(0, 4, (parts, 1))  # some parts are empty
+    moments[-1, 0] = 5
+    moments[:, 2] = np.abs(moments[:, 2]) * (moments[:, 0] > 1)
+    moments[moments[:, 0, 0] == 0] = 0
+    return {"moments": moments, "total": blank((3, c), wide), "parts": parts, "c": c}
+
+
+@case("batchnorm_statistics")
+def _batchnorm_statistics(rng, size, real, wide):
+    c, accumulate = COUNTS[size], size % 2
+    moments = np.stack([np.full(c, [1, 2, 31, 1009][size // 2]), rng.normal(size=c), rng.uniform(0, 9, c)])
+    arrays = {"total": moments.astype(wide), "mean": blank(c, wide), "inverse": blank(c, wide)}
+    arrays["batch_mean"], arrays["batch_variance"] = (total(rng, c, wide, accumulate) for _ in range(2))
+    return {**arrays, "eps": [1e-5, 1e-3][size % 2], "accumulate": accumulate, "c": c}
+
+
+@case("batchnorm_inverse")
+def _batchnorm_inverse(rng, size, real, wide):
+    c = COUNTS[size]
+    return {"variance": positive(rng, c, wide), "inverse": blank(c, wide), "eps": 1e-5, "c": c}
+
+
+def _statistics(rng, c, wide):
+    return {"mean": random(rng, c, wide), "inverse": positive(rng, c, wide)}
+
+
+@case("batchnorm_forward")
+def _batchnorm_forward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    arrays = {"x": random(rng, (rows, c), real), **_statistics(rng, c, wide)}
+    arrays |= {"gamma": random(rng, c, wide), "beta": random(rng, c, wide), "y": blank((rows, c), real)}
+    return {**arrays, "rows": rows, "c": c}
+
+
+@case("batchnorm_backward_sums")
+def _batchnorm_backward_sums(rng, size, real, wide):
+    (rows, c), parts = MATRICES[size], PARTS[size]
+    arrays = {"dy": random(rng, (rows, c), real), "x": random(rng, (rows, c), real)}
+    arrays |= {**_statistics(rng, c, wide), "sums": blank((parts, 2, c), wide)}
+    return {**arrays, "rows": rows, "c": c, "parts": parts}
+
+
+@case("batchnorm_gradient")
+def _batchnorm_gradient(rng, size, real, wide):
+    c, accumulate = COUNTS[size], size % 2
+    dgamma, dbeta = (total(rng, c, wide, accumulate) for _ in range(2))
+    sums = random(rng, (2, c), wide)
+    return {"sums": sums, "dgamma": dgamma, "dbeta": dbeta, "accumulate": accumulate, "c": c}
+
+
+@case("batchnorm_backward")
+def _batchnorm_backward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    arrays = {"dy": random(rng, (rows, c), real), "x": random(rng, (rows, c), real)}
+    arrays |= {**_statistics(rng, c, wide), "gamma": random(rng, c, wide)}
+    arrays |= {"sums": random(rng, (2, c), wide), "dx": blank((rows, c), real)}
+    return {**arrays, "total": rows * (1 + size % 3), "rows": rows, "c": c}
+
+
+# dropout, order, augment
+
+SEEDS = [0, 1, 2**64 - 1, 0x123456789ABCDEF0]
+
+
+@case("dropout_apply")
+def _dropout_apply(rng, size, real, wide):
+    n = COUNTS[size]
+    rate = [0.5, 0.2, 0.0, 0.1, 0.5, 0.8, 1.0, 0.05][size]
+    seed, site, batch = SEEDS[size % 4], [1, 2**32 - 1, 0xABCDEF][size % 3], [0, 7, 2**40][size % 3]
+    first, threshold = [0, 5, 16, 31, 2**33 + 7, 4096, 15, 1000003][size], round(rate * 65536)
+    if size == 1:
+        threshold = int(lanes(seed, site, batch, first, n)[3])  # a draw on the threshold keeps
+    return {
+        "x": positive(rng, n, real),
+        "y": blank(n, real),
+        "state": state(batch=batch),
+        "seed": seed,
+        "site": site,
+        "threshold": threshold,
+        "scale": 1 / (1 - rate) if rate < 1 else 0.0,
+        "first": first,
+        "n": n,
+    }
+
+
+@case("order_draw")
+def _order_draw(rng, size, real, wide):
+    n = [1, 2, 3, 10, 255, 256, 257, 1009][size]
+    return {"order": blank(n, np.int32), "state": state(epoch=size), "seed": SEEDS[size % 4], "n": n}
+
+
+@case("order_stored")
+def _order_stored(rng, size, real, wide):
+    n = COUNTS[size]
+    return {"order": blank(n, np.int32), "n": n}
+
+
+BATCHES = [  # batch, batches, the epoch's batch, first, places, set, n: the range first .. first + n of a batch
+    (1, 1, 0, 0, 1, 1, 1),
+    (8, 4, 1, 0, 31, 31, 8),
+    (8, 4, 3, 0, 31, 31, 8),  # one image short
+    (8, 4, 3, 4, 26, 31, 4),  # the last replica has nothing left
+    (5, 3, 2, 2, 13, 40, 3),  # one of three left, places fewer than the set
+    (16, 2, 1, 5, 32, 32, 6),
+    (7, 5, 0, 0, 33, 33, 7),
+    (31, 1, 0, 0, 31, 31, 31),
+]
+
+
+def _batch(rng, size):
+    """Return (order, state, sizes) of a batch somewhere in an epoch."""
+    batch, batches, now, first, places, count, n = BATCHES[size]
+    epoch = [0, 3, 1000][size % 3]
+    order = rng.permutation(count)[:places].astype(np.int32)
+    sizes = {"batch": batch, "batches": batches, "first": first, "places": places, "set": count, "n": n}
+    return order, state(batch=epoch * batches + now, epoch=epoch), sizes
+
+
+CROPS = [  # h, w, c, oh, ow, pad, reflect, flip, mean image
+    (1, 1, 2, 1, 1, 0, 0, 0, False),
+    (8, 6, 3, 8, 6, 2, 0, 1, False),
+    (7, 7, 1, 7, 7, 3, 1, 1, False),
+    (5, 9, 3, 5, 9, 0, 0, 1, True),
+    (6, 5, 3, 6, 5, 4, 0, 1, True),
+    (6, 5, 4, 6, 5, 4, 1, 0, True),
+    (8, 8, 3, 5, 7, 1, 0, 0, False),
+    (5, 4, 31, 5, 4, 1, 0, 1, False),
+]
+
+
+@case("batch_crop_flip")
+def _batch_crop_flip(rng, size, real, wide):
+    order, now, s = _batch(rng, size)
+    h, w, c, oh, ow, pad, reflect, flip, mean_image = CROPS[size]
+    shape = (s["set"], h, w, c)
+    images = rng.integers(0, 256, shape, np.uint8) if size % 2 else random(rng, shape, np.float32, 99)
+    channels = h * w * c if mean_image else c
+    return {
+        "images": images,
+        "order": order,
+        "state": now,
+        "mean": rng.uniform(90, 140, channels).astype(wide),
+        "scale": rng.uniform(0.01, 0.02, channels).astype(wide),
+        "x": blank((s["n"], oh, ow, c), real),
+        "seed": SEEDS[size % 4],
+        "flip": flip,
+        "pad": pad,
+        "reflect": reflect,
+        **{name: s[name] for name in ("batch", "batches", "first", "places", "set")},
+        "channels": channels,
+        **{"n": s["n"], "h": h, "w": w, "c": c, "oh": oh, "ow": ow},
+    }
+
+
+@case("batch_targets")
+def _batch_targets(rng, size, real, wide):
+    order, now, sizes = _batch(rng, size)
+    k, n = [1, 10, 3, 100, 2, 31, 10, 7][size], sizes.pop("n")
+    labels = rng.integers(0, k, sizes["set"]).astype(np.int32)
+    arrays = {"labels": labels, "order": order, "state": now, "targets": blank((n, k), real)}
+    return {**arrays, "smoothing": [0.0, 0.1][size % 2], **sizes, "n": n, "k": k}
+
+
+@case("batch_values")
+def _batch_values(rng, size, real, wide):
+    order, now, sizes = _batch(rng, size)
+    k, n = [1, 10, 3, 1, 2, 31, 10, 7][size], sizes.pop("n")
+    values = random(rng, (sizes["set"], k), wide)
+    targets = np.zeros((n, k), real)
+    return {"values": values, "order": order, "state": now, "targets": targets, **sizes, "n": n, "k": k}
+
+
+# loss
+
+TABLES = [(1, 1), (31, 2), (3, 10), (256, 10), (7, 31), (2, 257), (5, 100), (33, 3)]  # n, k
+
+
+def _padding(size, n):
+    """The rows of a tail that hold no image."""
+    return slice(max(n - [0, 5, 0, 31][size % 4], 1), n)
+
+
+@case("softmax_cross_entropy")
+def _softmax_cross_entropy(rng, size, real, wide):
+    n, k = TABLES[size]
+    targets = np.eye(k)[rng.integers(0, k, n)]
+    if size % 3 == 1:
+        targets = targets * 0.9 + 0.1 / k
+    if size % 3 == 2:
+        targets = rng.uniform(0, 2 / k, (n, k))  # mixed: sums other than 1
+    targets[_padding(size, n)] = 0
+    return {
+        "logits": random(rng, (n, k), real, [1, 3, 20][size % 3]),
+        "targets": targets.astype(real),
+        "dlogits": blank((n, k), real),
+        "losses": blank(n, wide),
+        "hits": blank(n, np.int32),
+        "state": state(loss_scale=[1, 8][size % 2]),
+        "n": n,
+        "k": k,
+    }
+
+
+@case("mean_squared_error")
+def _mean_squared_error(rng, size, real, wide):
+    n, k = TABLES[size]
+    targets = random(rng, (n, k), real)
+    targets[_padding(size, n)] = np.nan
+    return {
+        "prediction": random(rng, (n, k), real),
+        "targets": targets,
+        "dprediction": blank((n, k), real),
+        "losses": blank(n, wide),
+        "hits": blank(n, np.int32),
+        "state": state(loss_scale=[1, 8][size % 2]),
+        "n": n,
+        "k": k,
+    }
+
+
+@case("metrics_sum")
+def _metrics_sum(rng, size, real, wide):
+    n, accumulate = COUNTS[size], size % 2
+    hits = rng.integers(-1, 2, n).astype(np.int32)
+    arrays = {"losses": positive(rng, n, wide), "hits": hits}
+    return {**arrays, "sums": total(rng, 4, np.float64, accumulate), "accumulate": accumulate, "n": n}
+
+
+# optim
+
+ARENAS = [(1, 1), (2, 2), (3, 1), (5, 3), (7, 7), (16, 4), (4, 2), (31, 5)]  # blocks of 256, rows of the table
+RATES = [1, 3, 10, 5]  # steps of a schedule
+
+
+@case("gradient_norm")
+def _gradient_norm(rng, size, real, wide):
+    n, parts = 256 * ARENAS[size][0], PARTS[size]
+    g = random(rng, n, wide)
+    if size > 4:
+        g[n // 2] = [np.inf, -np.inf, np.nan][size - 5]
+    return {"g": g, "norms": blank(parts, np.float64), "n": n, "parts": parts}
+
+
+FINISHES = [  # what happens, clip, dynamic, and the state before
+    (None, 0.0, 0, {}),
+    (None, 0.25, 0, {"update": 7, "batch": 9, "good": 5, "lr_scale": 0.5}),  # clipped
+    (None, 1e9, 1, {"update": 2, "batch": 2, "good": 1999, "loss_scale": 8}),  # not clipped; doubles
+    ("norm", 0.25, 1, {"update": 3, "batch": 5, "good": 1999, "loss_scale": 8, "gradient_scale": 0.5}),
+    ("norm", 0.0, 1, {"update": 30, "batch": 40, "good": 1, "loss_scale": 1}),  # halves no further
+    ("norm", 0.0, 0, {"update": 11, "batch": 2**33, "gradient_scale": 0.5, "apply": 1}),  # halts
+    ("loss", 1.0, 0, {"update": 11, "batch": 12, "halt": 3}),  # had halted before
+    ("loss", 0.0, 1, {"batch": 6, "good": 3, "loss_scale": 1024}),
+]
+
+
+@case("gradient_finish")
+def _gradient_finish(rng, size, real, wide):
+    broken, clip, dynamic, fields = FINISHES[size]
+    parts, steps, rows = [1, 3, 300, 2][size % 4], RATES[size % 4], [1, 4, 7][size % 3]
+    norms = rng.uniform(10, 20, parts)
+    sums = np.array([30.5, 17, 31, 1 + size % 2])
+    if broken == "norm":
+        norms[-1] = [np.inf, np.nan][size % 2]
+    if broken == "loss":
+        sums[0] = [np.inf, np.nan][size % 2]
+    return {
+        "norms": norms,
+        "sums": sums,
+        "rates": positive(rng, steps, wide),
+        "table": rng.normal(size=(rows, 8)),
+        "state": state(**fields),
+        "clip": clip,
+        "dynamic": dynamic,
+        "parts": parts,
+        "steps": steps,
+        "rows": rows,
+    }
+
+
+def _arena(rng, size):
+    """Return (n, rows, table): each row at least one block where there are enough, in no order."""
+    blocks, rows = ARENAS[size]
+    return 256 * blocks, rows, rng.permutation(np.arange(blocks) % rows).astype(np.int32)
+
+
+@case("sgd_update")
+def _sgd_update(rng, size, real, wide):
+    n, rows, table = _arena(rng, size)
+    steps = RATES[size % 4]
+    now = state(update=[0, 2, 400][size % 3], apply=size != 4, gradient_scale=0.3)
+    now["lr_scale"] = rng.uniform(0.1, 1, 16)
+    return {
+        "w": random(rng, n, wide),
+        "g": random(rng, n, wide),
+        "velocity": random(rng, n, wide),
+        "table": table,
+        "rate": positive(rng, rows, wide),
+        "decay": rng.uniform(0, 0.1, rows).astype(wide),
+        "group": rng.integers(0, 16, rows).astype(np.int32),
+        "rates": rng.uniform(0.01, 0.5, steps).astype(wide),
+        "state": now,
+        "momentum": [0.9, 0.0][size == 2],
+        "nesterov": size % 2,
+        "caffe": size // 2 % 2,
+        "rows": rows,
+        "steps": steps,
+        "n": n,
+    }
+
+
+@case("statistics_update")
+def _statistics_update(rng, size, real, wide):
+    n, rows, table = _arena(rng, size)
+    return {
+        "running": random(rng, n, wide),
+        "batch": random(rng, n, wide),
+        "table": table,
+        "momentum": rng.uniform(0, 1, rows).astype(wide),
+        "sums": np.array([2.5, 17, 31, 1 + size % 3]),
+        "state": state(apply=size != 4),
+        "rows": rows,
+        "n": n,
+    }
+
+
+@case("state_update")
+def _state_update(rng, size, real, wide):
+    return {"state": state(update=[0, 2**33][size % 2], apply=size // 2 % 2, good=3)}
+
+
+@case("state_advance")
+def _state_advance(rng, size, real, wide):
+    batches = [1, 2, 3, 7][size % 4]
+    batch = [0, 5, 2**31 - 2, 12][size // 2]
+    return {"state": state(batch=batch, epoch=batch // batches), "batches": batches}
