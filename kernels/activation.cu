@@ -1,14 +1,16 @@
 // Activations: y = f(x), element by element, and dx = dy * f'(x).
 //
-//   relu        y = max(x, 0)                       dx = dy if y > 0 else 0
-//   leaky_relu  y = x if x > 0 else slope*x         dx = dy if y > 0 else slope*dy        (slope >= 0)
-//   sigmoid     y = 1 / (1 + exp(-x))               dx = dy * y * (1 - y)
-//   tanh        y = tanh(x)                         dx = dy * (1 - y*y)
-//   gelu        y = x * P(x)                        dx = dy * (P(x) + x * p(x))           P, p: normal distribution, density
-//   silu        y = x * s(x), s = sigmoid           dx = dy * s * (1 + x * (1 - s))
+//   relu        y = max(x, 0)                   dx = dy if y > 0 else 0
+//   leaky_relu  y = x if x > 0 else slope*x     dx = dy if y > 0 else slope*dy                (slope >= 0)
+//   sigmoid     y = 1 / (1 + exp(-x))           dx = dy * y * (1 - y)
+//   tanh        y = tanh(x)                     dx = dy * (1 - y*y)
+//   gelu        y = x * P(x)                    dx = dy * (P(x) + x * p(x))     P, p: normal cdf, density
+//   silu        y = x * s(x), s = sigmoid       dx = dy * s * (1 + x * (1 - s))
 //
-// The first four need y in backward, not x, so that y may lie over x. NaN stays NaN. Outputs are overwritten and may be
-// an input. Bytes: n reals in and n out, backward 2n in and n out. Launch: four elements a thread.
+// The first four need y in backward, not x, so that y may lie over x. NaN stays NaN.
+// Outputs: overwritten; may be an input.
+// Bytes:   forward n reals in, n out; backward 2n in, n out.
+// Launch:  over, four elements a thread.
 #include "common.cuh"
 
 // launch: over=(n+3)//4
@@ -27,7 +29,8 @@ KERNEL leaky_relu_forward(const real* x /*n*/, real* y /*n*/, wide slope, long l
 }
 
 // launch: over=(n+3)//4
-KERNEL leaky_relu_backward(const real* dy /*n*/, const real* y /*n*/, real* dx /*n*/, wide slope, long long n) {
+KERNEL leaky_relu_backward(const real* dy /*n*/, const real* y /*n*/, real* dx /*n*/, wide slope,
+                           long long n) {
     each(dy, y, dx, n, [slope](wide d, wide v) { return v > 0 ? d : slope * d; });
 }
 

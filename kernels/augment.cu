@@ -1,21 +1,23 @@
-// The next batch out of the resident data set: gathered, cropped, flipped and normalised; and its dense targets.
+// The next batch out of the resident data set: gathered, cropped, flipped, normalised; and its dense targets.
 //
-// Image i of this share stands at place p = (state.batch - state.epoch*batches)*batch + first + i of the epoch and is
-// image order[p] of the set. A place from `places` on holds no image: x is 0 and the targets say padding.
+// Image i of this share has place p = (state.batch - state.epoch*batches)*batch + first + i of the epoch and
+// is image order[p] of the set. A place from `places` on holds none: x is 0 and the targets say padding.
 //
-//   batch_crop_flip  x[i, oy, ox, ch] = (pixel - mean)*scale of the pixel at row oy + dy - pad and column u + dx - pad,
-//                    u = ow-1-ox if the image is flipped else ox: cropped first, then flipped.
-//                    pad > 0: corners dy, dx in 0 .. 2*pad are drawn, else 0; flip 1: every second image.
-//                    Outside of the image: reflect 1 mirrors at the border pixel; 0 takes raw 0 before normalising where
-//                    mean has one value a channel (channels = c), and 0 after it where mean is an image (channels = h*w*c,
-//                    taken at the source pixel).
-//                    Draw: Philox block p of the stream (AUGMENT_SITE, time = epoch): dy = (word 0 >> 32)*(2*pad+1) >> 32,
-//                    dx from word 1 alike, flip = bit 63 of word 2. Batch size and replicas change nothing.
-//   batch_targets    t[i, j] = (label == j)*(1 - smoothing) + smoothing/k; a row of zeros is padding
-//   batch_values     t[i] = values of the image; a row of NaN is padding
+//   batch_crop_flip  x[i, oy, ox, ch] = (pixel - mean)*scale of the pixel at row oy + dy - pad and column
+//                    u + dx - pad, where u = ow-1-ox if the image is flipped, else ox: crop first, then flip.
+//                    dy and dx are drawn from 0 .. 2*pad; flip 1: every second image is flipped.
+//                    Outside of the image: reflect 1 mirrors without repeating the edge; reflect 0 takes
+//                    raw 0, so -mean*scale, with one mean a channel (channels = c), and 0 with a mean image
+//                    (channels = h*w*c, taken at the source pixel).
+//                    Draws: Philox block p of the stream (AUGMENT_SITE, time = epoch):
+//                    dy = (word 0 >> 32)*(2*pad + 1) >> 32, dx from word 1 alike, flip = bit 63 of word 2;
+//                    batch size and replicas change nothing.
+//   batch_targets    targets[i, j] = (label == j)*(1 - smoothing) + smoothing/k; padding is a row of zeros
+//   batch_values     targets[i] = values of the image; padding is a row of NaN
 //
-// All overwrite. Bytes: n*oh*ow*c pixels in and reals out, n*k reals out. Launch: batch_crop_flip a block an image and a
-// warp a row, so that a row's addresses are divided out once; targets an element a thread.
+// Outputs: overwritten.
+// Bytes:   n*oh*ow*c pixels in and as many reals out; n*k reals out.
+// Launch:  batch_crop_flip a block an image, in it a warp a row; targets over, an element a thread.
 #include "philox.cuh"
 #include "state.cuh"
 
@@ -29,10 +31,11 @@ DEVICE int mirrored(int i, int size) {
 }
 
 // launch: blocks=n
-KERNEL batch_crop_flip(const pixel* images /*set*h*w*c*/, const int* order /*places*/, const State* state /*1*/,
-                       const wide* mean /*channels*/, const wide* scale /*channels*/, real* x /*n*oh*ow*c*/,
-                       unsigned long long seed, int flip, int pad, int reflect, int batch, int batches, long long first,
-                       int places, int set, int channels, int n, int h, int w, int c, int oh, int ow) {
+KERNEL batch_crop_flip(const pixel* images /*set*h*w*c*/, const int* order /*places*/,
+                       const State* state /*1*/, const wide* mean /*channels*/,
+                       const wide* scale /*channels*/, real* x /*n*oh*ow*c*/, unsigned long long seed,
+                       int flip, int pad, int reflect, int batch, int batches, long long first, int places,
+                       int set, int channels, int n, int h, int w, int c, int oh, int ow) {
     const long long place = place_of(state, batch, batches, first) + blockIdx.x;
     const bool there = place < places, one_mean = channels == c;
     const pixel* image = images + (there ? (long long)order[place] * h * w * c : 0);
@@ -66,8 +69,8 @@ KERNEL batch_crop_flip(const pixel* images /*set*h*w*c*/, const int* order /*pla
 
 // launch: over=n*k
 KERNEL batch_targets(const int* labels /*set*/, const int* order /*places*/, const State* state /*1*/,
-                     real* targets /*n*k*/, wide smoothing, int batch, int batches, long long first, int places, int set,
-                     int n, int k) {
+                     real* targets /*n*k*/, wide smoothing, int batch, int batches, long long first,
+                     int places, int set, int n, int k) {
     const wide rest = smoothing / (wide)k;
     OVER(e, (long long)n * k) {
         const long long i = e / k, place = place_of(state, batch, batches, first) + i;
@@ -79,9 +82,11 @@ KERNEL batch_targets(const int* labels /*set*/, const int* order /*places*/, con
 
 // launch: over=n*k
 KERNEL batch_values(const wide* values /*set*k*/, const int* order /*places*/, const State* state /*1*/,
-                    real* targets /*n*k*/, int batch, int batches, long long first, int places, int set, int n, int k) {
+                    real* targets /*n*k*/, int batch, int batches, long long first, int places, int set,
+                    int n, int k) {
     OVER(e, (long long)n * k) {
         const long long i = e / k, place = place_of(state, batch, batches, first) + i;
-        store(targets + e, place < places ? values[(long long)order[place] * k + (e - i * k)] : not_a_number());
+        store(targets + e,
+              place < places ? values[(long long)order[place] * k + (e - i * k)] : not_a_number());
     }
 }

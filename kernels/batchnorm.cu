@@ -1,20 +1,21 @@
 // Batch normalisation over the rows of a (rows, c) matrix: a row is a pixel of an image, a column a channel.
+// Part p is rows p*rows//parts to (p+1)*rows//parts; xhat = (x - mean)*inverse.
 //
-//   batchnorm_moments     moments[p] = (count, mean, M2) of each column over part p's rows, p*rows//parts <= r < (p+1)*rows//parts,
-//                         M2 = sum of (x - mean)^2                                   bytes: rows*c reals in
-//   batchnorm_combine     total = the moments of all parts together (Chan, Golub and LeVeque 1979)
-//   batchnorm_statistics  mean, inverse = 1/sqrt(M2/count + eps); batch_mean and batch_variance = M2/(count - 1), M2 where
-//                         count is 1: those two are added to where accumulate is 1, all else is overwritten
-//   batchnorm_inverse     inverse = 1/sqrt(variance + eps)
-//   batchnorm_forward     y = (x - mean)*inverse*gamma + beta; y may be x            bytes: rows*c reals in and out
-//   batchnorm_backward_sums  sums[p] = (sum of dy, sum of dy*xhat) over part p's rows, xhat = (x - mean)*inverse
-//                                                                                    bytes: 2*rows*c reals in
-//   batchnorm_gradient    dgamma = sums[1], dbeta = sums[0], or added to where accumulate is 1
-//   batchnorm_backward    dx = gamma*inverse*(dy - sums[0]/total - xhat*sums[1]/total), total: rows of the whole batch;
-//                         dx may be dy or x                                          bytes: 2*rows*c reals in, rows*c out
+//   batchnorm_moments        moments[p] = count, mean, M2 = sum of (x - mean)^2 of part p    rows*c reals in
+//   batchnorm_combine        total = the moments of all parts together (Chan, Golub and LeVeque 1979)
+//   batchnorm_statistics     mean; inverse = 1/sqrt(M2/count + eps); batch_mean (+)= mean;
+//                            batch_variance (+)= M2/(count - 1), M2 where count is 1
+//   batchnorm_inverse        inverse = 1/sqrt(variance + eps)
+//   batchnorm_forward        y = xhat*gamma + beta; y may be x                       rows*c reals in and out
+//   batchnorm_backward_sums  sums[p] = sum of dy, sum of dy*xhat over part p               2*rows*c reals in
+//   batchnorm_gradient       dgamma (+)= sums[1], dbeta (+)= sums[0]
+//   batchnorm_backward       dx = gamma*inverse*(dy - sums[0]/total - xhat*sums[1]/total), total: rows of the
+//                            whole batch; dx may be dy or x                    2*rows*c reals in, rows*c out
 //
-// Launch: a block for each part and 32 columns where rows are summed, four elements a thread where they are mapped, a
-// thread a column for the small ones.
+// Outputs: overwritten; (+)= adds where accumulate is 1.
+// Bytes:   at the right; without a number, some multiple of c.
+// Launch:  a block for each part and 32 columns where rows are summed; else over, four elements or one column
+//          a thread.
 #include "reduce.cuh"
 
 struct Moments {
@@ -23,12 +24,14 @@ struct Moments {
 
 // The moments of two sets together: exact where one is empty, and never a difference of large squares.
 DEVICE Moments together(Moments a, Moments b) {
-    const wide count = a.count + b.count, share = count > 0 ? b.count / count : wide(0), delta = b.mean - a.mean;
+    const wide count = a.count + b.count, share = count > 0 ? b.count / count : wide(0),
+               delta = b.mean - a.mean;
     return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
 // launch: blocks=parts*((c+31)//32)
-KERNEL batchnorm_moments(const real* x /*rows*c*/, wide* moments /*parts*3*c*/, long long rows, int c, int parts) {
+KERNEL batchnorm_moments(const real* x /*rows*c*/, wide* moments /*parts*3*c*/, long long rows, int c,
+                         int parts) {
     const int chunk = 8;  // rows in registers: their moments in two passes, then one merge and one division
     const Tile tile(rows, c, parts);
     Moments sum = {0, 0, 0};
@@ -74,8 +77,9 @@ KERNEL batchnorm_combine(const wide* moments /*parts*3*c*/, wide* total /*3*c*/,
 }
 
 // launch: over=c
-KERNEL batchnorm_statistics(const wide* total /*3*c*/, wide* mean /*c*/, wide* inverse /*c*/, wide* batch_mean /*c*/,
-                            wide* batch_variance /*c*/, wide eps, int accumulate, int c) {
+KERNEL batchnorm_statistics(const wide* total /*3*c*/, wide* mean /*c*/, wide* inverse /*c*/,
+                            wide* batch_mean /*c*/, wide* batch_variance /*c*/, wide eps, int accumulate,
+                            int c) {
     OVER(j, c) {
         const wide count = total[j], center = total[c + j], m2 = total[2 * c + j];
         const wide unbiased = count > 1 ? m2 / (count - 1) : m2;
@@ -92,8 +96,9 @@ KERNEL batchnorm_inverse(const wide* variance /*c*/, wide* inverse /*c*/, wide e
 }
 
 // launch: over=(rows*c+3)//4
-KERNEL batchnorm_forward(const real* x /*rows*c*/, const wide* mean /*c*/, const wide* inverse /*c*/, const wide* gamma /*c*/,
-                         const wide* beta /*c*/, real* y /*rows*c*/, long long rows, int c) {
+KERNEL batchnorm_forward(const real* x /*rows*c*/, const wide* mean /*c*/, const wide* inverse /*c*/,
+                         const wide* gamma /*c*/, const wide* beta /*c*/, real* y /*rows*c*/, long long rows,
+                         int c) {
     OVER(i, (rows * c + 3) / 4) {
         const int count = up_to_four(rows * c - 4 * i), column = (int)(4 * i % c);
         wide v[4], m[4], s[4], g[4], b[4];
@@ -113,7 +118,8 @@ struct Pair {
 
 // launch: blocks=parts*((c+31)//32)
 KERNEL batchnorm_backward_sums(const real* dy /*rows*c*/, const real* x /*rows*c*/, const wide* mean /*c*/,
-                               const wide* inverse /*c*/, wide* sums /*parts*2*c*/, long long rows, int c, int parts) {
+                               const wide* inverse /*c*/, wide* sums /*parts*2*c*/, long long rows, int c,
+                               int parts) {
     const Tile tile(rows, c, parts);
     Pair sum = {0, 0};
     if (tile.column < c) {
@@ -134,7 +140,8 @@ KERNEL batchnorm_backward_sums(const real* dy /*rows*c*/, const real* x /*rows*c
 }
 
 // launch: over=c
-KERNEL batchnorm_gradient(const wide* sums /*2*c*/, wide* dgamma /*c*/, wide* dbeta /*c*/, int accumulate, int c) {
+KERNEL batchnorm_gradient(const wide* sums /*2*c*/, wide* dgamma /*c*/, wide* dbeta /*c*/, int accumulate,
+                          int c) {
     OVER(j, c) {
         dgamma[j] = accumulate ? dgamma[j] + sums[c + j] : sums[c + j];
         dbeta[j] = accumulate ? dbeta[j] + sums[j] : sums[j];
@@ -143,8 +150,8 @@ KERNEL batchnorm_gradient(const wide* sums /*2*c*/, wide* dgamma /*c*/, wide* db
 
 // launch: over=(rows*c+3)//4
 KERNEL batchnorm_backward(const real* dy /*rows*c*/, const real* x /*rows*c*/, const wide* mean /*c*/,
-                          const wide* inverse /*c*/, const wide* gamma /*c*/, const wide* sums /*2*c*/, real* dx /*rows*c*/,
-                          long long total, long long rows, int c) {
+                          const wide* inverse /*c*/, const wide* gamma /*c*/, const wide* sums /*2*c*/,
+                          real* dx /*rows*c*/, long long total, long long rows, int c) {
     const wide part = 1 / (wide)total;
     OVER(i, (rows * c + 3) / 4) {
         const int count = up_to_four(rows * c - 4 * i), column = (int)(4 * i % c);

@@ -6,24 +6,25 @@
 //   wide       float             double   float   float         what sums, weights and arithmetic are in
 //   -DPIXEL=   uint8 (default) | float                          pixel: what a data set is stored in
 //
-// A half or bfloat16 `real` is two bytes without arithmetic: load, compute in wide, store. Both conversions round to
-// nearest even and give the same bits on a GPU and under g++. Literals are written wide(0.5): neither a float kernel
-// computes in double nor a double one in float.
+// A half or bfloat16 `real` is two bytes without arithmetic: load, compute in wide, store. Conversions round
+// to nearest even, with the same bits on a GPU and under g++. Literals are written wide(0.5): a float kernel
+// never computes in double, nor a double one in float.
 //
-// Outside CUDA the shim must define __global__, __device__, __shared__, blockIdx, threadIdx, gridDim, __syncthreads,
-// __shfl_xor_sync for 4- and 8-byte types, and exp, erf, log, sqrt, tanh, min, max as overloads of the global namespace.
-// No kernel uses more of CUDA than that.
+// Outside CUDA the shim must define __global__, __device__, __shared__, blockIdx, threadIdx, gridDim,
+// __syncthreads, __shfl_xor_sync for 4- and 8-byte types, and in the global namespace the overloads of exp,
+// erf, log, sqrt, tanh, min and max. No kernel uses more of CUDA than that.
 #ifndef GPUNET_COMMON
 #define GPUNET_COMMON
 
 #define THREADS 256  // of every block of every launch
 #define WARP 32
-#define KERNEL extern "C" __global__ void  // no __launch_bounds__: told 256, ptxas spills to reach an occupancy
+#define KERNEL extern "C" __global__ void  // no __launch_bounds__: with 256, ptxas spills to fill the chip
 #define DEVICE static __device__ inline
 
-// The loop of a kernel whose launch line says over=n: whatever the grid, each i of 0 .. n-1 is taken by one thread.
-#define OVER(i, n) \
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < (n); i += (long long)gridDim.x * THREADS)
+// The loop of a launch over=n: whatever the grid, each i of 0 .. n-1 is taken by one thread.
+#define OVER(i, n)                                                             \
+    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < (n); \
+         i += (long long)gridDim.x * THREADS)
 
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")  // small arrays indexed by the loop stay in registers
@@ -65,8 +66,7 @@ DEVICE unsigned int bits_of(float value) {
     return b.bits;
 }
 
-// Types, and widen and narrow between them. Both are overloaded for wide as well, so that load and store below serve
-// arrays of sums too.
+// Types, and widen and narrow between them, overloaded for wide too: load and store serve sums as well.
 
 #if KIND(REAL) == KIND_float
 typedef float real;
@@ -151,12 +151,12 @@ DEVICE bool is_finite(T v) {
     return v - v == 0;
 }
 
-// a comes before b in a search for the maximum: NaN is above all, as in np.argmax, so that it is never hidden.
+// a goes before b in a search for the maximum. NaN is above all, as in np.argmax, so that it is never hidden.
 DEVICE bool beats(wide a, wide b) { return a > b || (is_nan(a) && !is_nan(b)); }
 
-// Four neighbours at a time. An arena or a view may begin anywhere, so the address itself decides at run time: one access
-// where it is a multiple of four elements (16 bytes of float), else one by one. `count` < 4 is a tail: places behind it are
-// read as zero and not written.
+// Four neighbours at a time. An arena or a view may begin anywhere, so the address decides at run time: one
+// access where it is a multiple of four elements (16 bytes of float), else one by one. `count` < 4 is a tail:
+// places behind it are read as zero and not written.
 
 template <class T>
 struct alignas(4 * sizeof(T)) Four {

@@ -1,20 +1,21 @@
-// Convolution as matrix multiplication: patches of an image to rows of a matrix, and back.
+// Convolution as matrix multiplication: the patches of images to the rows of a matrix, and back.
 //
-//   unfold  columns[g, (image, oy, ox), (ky, kx, j)] = x[image, iy, ix, g*(c/groups) + j], 0 outside of the image,
-//           iy = oy*stride_y - pad_y + ky*dilation_y, ix alike. Overwrites columns.
-//           Forward is then columns[g] @ weight[:, :, :, g], and dW the same columns transposed @ dy.
-//   fold    x[image, iy, ix, channel] = sum of all columns that unfold would fill from it: its adjoint. Overwrites x.
-//           Every input position gathers from the windows that hold it, in their order: no atomics.
+//   unfold  columns[g, (image, oy, ox), (ky, kx, j)] = x[image, iy, ix, g*(c/groups) + j], 0 outside of the
+//           image; iy = oy*stride_y - pad_y + ky*dilation_y, ix alike. Forward is then columns[g] @ W[g],
+//           dW the same columns transposed @ dy.
+//   fold    x[image, iy, ix, channel] = sum of all columns that unfold fills from it: its adjoint. A position
+//           gathers from the windows that hold it, in their order: no atomics.
 //
-// Bytes: unfold writes kh*kw/(stride_y*stride_x) times what it reads, fold the reverse. Launch: a thread takes four
-// channels of one position (of the output in unfold, of the input in fold), so that neighbours in a warp are neighbours
-// in memory and indices are divided once for all kh*kw taps.
+// Outputs: overwritten.
+// Bytes:   n*h*w*c reals and kh*kw/(stride_y*stride_x) times as many columns, one read, the other written.
+// Launch:  over, four channels of one position a thread (of the output in unfold, of the input in fold):
+//          neighbours in a warp are neighbours in memory, and an index is divided once for all kh*kw taps.
 #include "window.cuh"
 
 // launch: over=groups*n*oh*ow*((c//groups+3)//4)
-KERNEL unfold(const real* x /*n*h*w*c*/, real* columns /*groups*n*oh*ow*kh*kw*(c//groups)*/, int n, int h, int w, int c,
-              int oh, int ow, int kh, int kw, int stride_y, int stride_x, int pad_y, int pad_x, int dilation_y,
-              int dilation_x, int groups) {
+KERNEL unfold(const real* x /*n*h*w*c*/, real* columns /*groups*n*oh*ow*kh*kw*(c//groups)*/, int n, int h,
+              int w, int c, int oh, int ow, int kh, int kw, int stride_y, int stride_x, int pad_y, int pad_x,
+              int dilation_y, int dilation_x, int groups) {
     const int inside = c / groups, fours = (inside + 3) / 4;
     OVER(i, (long long)groups * n * oh * ow * fours) {
         const long long row = i / fours;  // of all groups' matrices
@@ -30,7 +31,8 @@ KERNEL unfold(const real* x /*n*h*w*c*/, real* columns /*groups*n*oh*ow*kh*kw*(c
             for (int kx = 0; kx < kw; kx++) {
                 const int ix = left + kx * dilation_x;
                 real v[4] = {};
-                if (iy >= 0 && iy < h && ix >= 0 && ix < w) read_four(from + ((long long)iy * w + ix) * c, count, v);
+                if (iy >= 0 && iy < h && ix >= 0 && ix < w)
+                    read_four(from + ((long long)iy * w + ix) * c, count, v);
                 write_four(to, count, v);
                 to += inside;
             }
@@ -39,9 +41,9 @@ KERNEL unfold(const real* x /*n*h*w*c*/, real* columns /*groups*n*oh*ow*kh*kw*(c
 }
 
 // launch: over=groups*n*h*w*((c//groups+3)//4)
-KERNEL fold(const real* columns /*groups*n*oh*ow*kh*kw*(c//groups)*/, real* x /*n*h*w*c*/, int n, int h, int w, int c,
-            int oh, int ow, int kh, int kw, int stride_y, int stride_x, int pad_y, int pad_x, int dilation_y,
-            int dilation_x, int groups) {
+KERNEL fold(const real* columns /*groups*n*oh*ow*kh*kw*(c//groups)*/, real* x /*n*h*w*c*/, int n, int h,
+            int w, int c, int oh, int ow, int kh, int kw, int stride_y, int stride_x, int pad_y, int pad_x,
+            int dilation_y, int dilation_x, int groups) {
     const int inside = c / groups, fours = (inside + 3) / 4;
     const int reach_y = (kh - 1) * dilation_y, reach_x = (kw - 1) * dilation_x;
     OVER(i, (long long)groups * n * h * w * fours) {

@@ -1,14 +1,16 @@
-// Addition, concatenation, bias, and sums down columns. Matrices are row-major: a row is a pixel, a column a channel.
+// Addition, concatenation, bias, sums down columns. In a matrix a row is a pixel, a column a channel.
 //
-//   add_forward      y = a + b; y may be a or b                                    bytes: 2n reals in, n out
-//   concat_forward   y[:, offset : offset + c] = x; other columns are left alone   bytes: rows*c reals in and out
-//   concat_backward  dx = dy[:, offset : offset + c]                               bytes: rows*c reals in and out
-//   bias_forward     y += b in every row, in place                                 bytes: rows*c reals in and out
-//   column_sum       sums[p] = sum of x[r] over rows p*rows//parts <= r < (p+1)*rows//parts      bytes: rows*c reals in
-//   sum_parts        y = sum of x[p] over parts, or y += that where accumulate is 1              bytes: parts*n wides in
+//   add_forward      y = a + b; y may be a or b                                           2n reals in, n out
+//   concat_forward   y[:, offset : offset + c] = x, other columns stay               rows*c reals in and out
+//   concat_backward  dx = dy[:, offset : offset + c]                                 rows*c reals in and out
+//   bias_forward     y += b in every row, in place                                   rows*c reals in and out
+//   column_sum       sums[p] = sum of the rows p*rows//parts to (p+1)*rows//parts of x       rows*c reals in
+//   sum_parts        y (+)= sum of x[p] over all parts p                                    parts*n wides in
 //
-// All but sum_parts overwrite. Launch: four elements a thread; column sums a block for each part and 32 columns, which
-// adds rows in steps of a block's rows and then halves, always in the same order.
+// Outputs: overwritten; (+)= adds where accumulate is 1.
+// Bytes:   at the right.
+// Launch:  over, four elements a thread; column sums a block for each part and 32 columns, which adds rows in
+//          steps and then halves, always in the same order.
 #include "reduce.cuh"
 
 // launch: over=(n+3)//4
@@ -16,10 +18,11 @@ KERNEL add_forward(const real* a /*n*/, const real* b /*n*/, real* y /*n*/, long
     each(a, b, y, n, [](wide u, wide v) { return u + v; });
 }
 
-// Four neighbours of x (rows, c) lie in one row of y, or are walked to the next one: one division for the four.
+// Four neighbours of x lie in one row of y or are walked into the next one: one division serves them.
 
 // launch: over=(rows*c+3)//4
-KERNEL concat_forward(const real* x /*rows*c*/, real* y /*rows*width*/, long long rows, int c, int width, int offset) {
+KERNEL concat_forward(const real* x /*rows*c*/, real* y /*rows*width*/, long long rows, int c, int width,
+                      int offset) {
     OVER(i, (rows * c + 3) / 4) {
         const int count = up_to_four(rows * c - 4 * i);
         long long row = 4 * i / c;
@@ -41,7 +44,8 @@ KERNEL concat_forward(const real* x /*rows*c*/, real* y /*rows*width*/, long lon
 }
 
 // launch: over=(rows*c+3)//4
-KERNEL concat_backward(const real* dy /*rows*width*/, real* dx /*rows*c*/, long long rows, int c, int width, int offset) {
+KERNEL concat_backward(const real* dy /*rows*width*/, real* dx /*rows*c*/, long long rows, int c, int width,
+                       int offset) {
     OVER(i, (rows * c + 3) / 4) {
         const int count = up_to_four(rows * c - 4 * i);
         long long row = 4 * i / c;

@@ -1,15 +1,17 @@
-// Losses with their gradients, a row an image; targets are dense rows of k.
+// Losses with their gradients, a row an image. Targets are dense rows of k; a row of padding has none.
 //
-//   softmax_cross_entropy  losses = -sum of t*log(softmax(z)); dlogits = (softmax(z)*sum(t) - t)*state.loss_scale
-//                          A row whose targets are all zero is padding.
-//   mean_squared_error     losses = mean over k of (p - t)^2; dprediction = 2*(p - t)/k*state.loss_scale
-//                          A row whose targets are all NaN is padding; hits are 0 where k is 1.
-//   metrics_sum            sums = (sum of losses, rows with hit 1, rows with hit >= 0, 1), or added to where accumulate is 1
+//   softmax_cross_entropy  losses = -sum of t*log(softmax(z))
+//                          dlogits = (softmax(z)*sum(t) - t)*state.loss_scale          padding: all t are 0
+//   mean_squared_error     losses = mean over k of (p - t)^2
+//                          dprediction = 2*(p - t)/k*state.loss_scale                  padding: all t are NaN
+//   metrics_sum            sums (+)= sum of losses, rows with hit 1, rows with hit >= 0, 1 (one gradient)
 //
-// hits: 1 where the largest of the k lies where the largest target lies (the first, if several), else 0; -1 in a row of
-// padding, whose loss and gradient are 0. Losses and gradients are sums, not means: the update divides by the count.
-// Overwritten: losses, hits and gradients; a gradient may lie over the logits or the prediction. Bytes: 2*n*k reals in,
-// n*k out. Launch: a warp a row, eight rows a block; metrics_sum one block, so that the order of its sum is fixed.
+// hits: 1 where the largest z (k > 1) stands where the largest t does, the first of several; else 0; -1 in a
+// row of padding, whose loss and gradient are 0. Nothing is a mean over rows: the update divides by count.
+//
+// Outputs: overwritten; (+)= adds where accumulate is 1. A gradient may lie over logits or prediction.
+// Bytes:   2*n*k reals in, n*k out.
+// Launch:  a warp a row, eight rows a block; metrics_sum one block, so that its order is fixed.
 #include "reduce.cuh"
 #include "state.cuh"
 
@@ -59,8 +61,9 @@ KERNEL softmax_cross_entropy(const real* logits /*n*k*/, const real* targets /*n
 }
 
 // launch: blocks=(n+7)//8
-KERNEL mean_squared_error(const real* prediction /*n*k*/, const real* targets /*n*k*/, real* dprediction /*n*k*/,
-                          wide* losses /*n*/, int* hits /*n*/, const State* state /*1*/, int n, int k) {
+KERNEL mean_squared_error(const real* prediction /*n*k*/, const real* targets /*n*k*/,
+                          real* dprediction /*n*k*/, wide* losses /*n*/, int* hits /*n*/,
+                          const State* state /*1*/, int n, int k) {
     const int row = blockIdx.x * ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int width = row < n ? k : 0;
     const long long base = (long long)row * k;
@@ -92,7 +95,8 @@ KERNEL mean_squared_error(const real* prediction /*n*k*/, const real* targets /*
 }
 
 // launch: blocks=1
-KERNEL metrics_sum(const wide* losses /*n*/, const int* hits /*n*/, double* sums /*4*/, int accumulate, int n) {
+KERNEL metrics_sum(const wide* losses /*n*/, const int* hits /*n*/, double* sums /*4*/, int accumulate,
+                   int n) {
     double loss = 0, hit = 0, count = 0;
     for (int i = threadIdx.x; i < n; i += THREADS) {
         loss += losses[i];

@@ -1,26 +1,31 @@
 // The update: norm and verdict, optimizers over the flat arenas, running statistics, counters.
 //
-// An arena has n elements, a multiple of 256, and each parameter starts at such a multiple: table[i//256] is the row of
-// element i in rate, decay, momentum and group. So one launch serves all parameters. gradient_scale, apply and the counters
-// are read from `state`; where apply is 0 nothing is written.
+// An arena has n elements, a multiple of 256, and a parameter starts at such a multiple: table[i//256] is the
+// row of element i in rate, decay, momentum and group, so that one launch serves all parameters. Where
+// state.apply is 0, optimizers and statistics write nothing.
 //
-//   gradient_norm      norms[p] = sum of g^2 over elements p*n//parts <= i < (p+1)*n//parts, in double    bytes: n wides in
-//   gradient_finish    norm = sqrt(sum of norms) / (count*loss_scale), count = sums[2]
-//                      norm and sums[0] finite: apply = 1, gradient_scale = 1/(count*loss_scale) * min(1, clip/norm)
-//                      (clip 0: none), good += 1; dynamic: after 2000 good updates loss_scale *= 2, good = 0
-//                      else: apply = 0, good = 0, gradient_scale stays; dynamic: loss_scale = max(loss_scale/2, 1),
-//                      otherwise halt = batch if halt < 0
-//                      state.count = count; table[update % rows] = loss/count, hits/count, count, norm, rate, gradient_scale, apply, batch
-//   sgd_update         d = g*gradient_scale + decay*w; lr = rates[min(update, steps-1)] * lr_scale[group] * rate
+//   gradient_norm      norms[p] = sum of g^2 over elements p*n//parts to (p+1)*n//parts, in double: n wides
+//   gradient_finish    norm = sqrt(sum of norms)/(count*loss_scale), count = sums[2] = state.count
+//                      if norm and sums[0] are finite: apply = 1, good += 1, and
+//                          gradient_scale = 1/(count*loss_scale) * min(1, clip/norm), clip 0: no min;
+//                          dynamic: after 2000 good updates loss_scale *= 2, good = 0
+//                      else: apply = good = 0, gradient_scale stays;
+//                          dynamic: loss_scale = max(loss_scale/2, 1), else halt = batch if halt < 0
+//                      table[update % rows] = loss/count, hits/count, count, norm, rate of group 0,
+//                          gradient_scale, apply, batch
+//   sgd_update         d = g*gradient_scale + decay*w
+//                      lr = rates[min(update, steps - 1)] * lr_scale[group] * rate
 //                      v = momentum*v + d; w -= lr*(nesterov ? d + momentum*v : v)
 //                      caffe: u = momentum*v + lr*d; w -= nesterov ? (1 + momentum)*u - momentum*v : u; v = u
-//                                                                                   bytes: 3n wides in, 2n out
-//   statistics_update  running += momentum*(batch/sums[3] - running)               bytes: 2n wides in, n out
+//                                                                                        3n wides in, 2n out
+//   statistics_update  running += momentum*(batch/sums[3] - running)                     2n wides in, n out
 //   state_update       update += apply
 //   state_advance      batch += 1; epoch = batch // batches
 //
-// Launch: gradient_norm a block a part; gradient_finish one block, whose thread 0 decides; optimizers four elements a
-// thread.
+// Outputs: as written above; table one row, state some fields.
+// Bytes:   at the right.
+// Launch:  gradient_norm a block a part; gradient_finish one block, whose thread 0 decides; optimizers over,
+//          four elements a thread.
 #include "reduce.cuh"
 #include "state.cuh"
 
@@ -28,15 +33,16 @@
 KERNEL gradient_norm(const wide* g /*n*/, double* norms /*parts*/, long long n, int parts) {
     const long long stop = (blockIdx.x + 1) * n / parts;
     double sum = 0;
-    for (long long i = blockIdx.x * n / parts + threadIdx.x; i < stop; i += THREADS) sum += (double)g[i] * g[i];
+    for (long long i = blockIdx.x * n / parts + threadIdx.x; i < stop; i += THREADS)
+        sum += (double)g[i] * g[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) norms[blockIdx.x] = sum;
 }
 
 // launch: blocks=1
 KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, const wide* rates /*steps*/,
-                       double* table /*rows*8*/, State* state /*1*/, double clip, int dynamic, int parts, int steps,
-                       int rows) {
+                       double* table /*rows*8*/, State* state /*1*/, double clip, int dynamic, int parts,
+                       int steps, int rows) {
     double squares = 0;
     for (int p = threadIdx.x; p < parts; p += THREADS) squares += norms[p];
     squares = block_sum(squares);
@@ -75,8 +81,8 @@ KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, 
 // launch: over=n//4
 KERNEL sgd_update(wide* w /*n*/, const wide* g /*n*/, wide* velocity /*n*/, const int* table /*n//256*/,
                   const wide* rate /*rows*/, const wide* decay /*rows*/, const int* group /*rows*/,
-                  const wide* rates /*steps*/, const State* state /*1*/, wide momentum, int nesterov, int caffe, int rows,
-                  int steps, long long n) {
+                  const wide* rates /*steps*/, const State* state /*1*/, wide momentum, int nesterov,
+                  int caffe, int rows, int steps, long long n) {
     if (state->apply == 0) return;
     const wide scale = (wide)state->gradient_scale, now = rates[min(state->update, steps - 1ll)];
     OVER(i, n / 4) {
@@ -102,8 +108,8 @@ KERNEL sgd_update(wide* w /*n*/, const wide* g /*n*/, wide* velocity /*n*/, cons
 
 // launch: over=n//4
 KERNEL statistics_update(wide* running /*n*/, const wide* batch /*n*/, const int* table /*n//256*/,
-                         const wide* momentum /*rows*/, const double* sums /*4*/, const State* state /*1*/, int rows,
-                         long long n) {
+                         const wide* momentum /*rows*/, const double* sums /*4*/, const State* state /*1*/,
+                         int rows, long long n) {
     if (state->apply == 0) return;
     const wide gradients = (wide)sums[3];
     OVER(i, n / 4) {

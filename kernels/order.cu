@@ -1,14 +1,15 @@
-// The order of an epoch's images, drawn on the device without a sort and with the same bits everywhere.
+// The order of an epoch's images, drawn on the device: no sort, and the same bits everywhere.
 //
-//   order_draw    order = a permutation of 0 .. n-1 that depends on (seed, state.epoch): i is encrypted by a balanced
-//                 Feistel network on 2*half bits, half >= 4 the least with 4^half >= n, again until the result is below n.
-//                 Round r = 0 .. 7 takes (L, R) to (R, L ^ F(R + K_r)), i = L << half | R;
-//                 F(v): v ^= v >> 29; v *= 0xBF58476D1CE4E5B9; v ^= v >> 32; low half bits;
+//   order_draw    order[i] = E(i), a permutation of 0 .. n-1 for each (seed, state.epoch): i is encrypted,
+//                 again and again until it is below n, by a Feistel network on 2*half bits, half >= 4 the
+//                 least with 4^half >= n. Round r = 0 .. 7: (L, R) -> (R, L ^ F(R + K_r)), i = L << half | R;
+//                 F(v): v ^= v >> 29; v *= 0xBF58476D1CE4E5B9; v ^= v >> 32; the low half bits;
 //                 K_r = word r%4 of Philox block r//4 of the stream (ORDER_SITE, time = epoch).
-//   order_stored  order = 0 .. n-1
+//   order_stored  order[i] = i
 //
-// Overwritten. Bytes: n ints out. Launch: a thread an index; 4^half < 4n (and 256 for the smallest), so the expected
-// number of encryptions is below four.
+// Outputs: overwritten.
+// Bytes:   n ints out.
+// Launch:  over, an index a thread; as 4^half < 4n from n = 65 on, less than four encryptions are expected.
 #include "philox.cuh"
 #include "state.cuh"
 
@@ -17,7 +18,8 @@ KERNEL order_draw(int* order /*n*/, const State* state /*1*/, unsigned long long
     int half = 4;
     while ((1ull << (2 * half)) < (word)n) half++;
     const word mask = (1ull << half) - 1;
-    const Draw keys[2] = {philox(seed, ORDER_SITE, state->epoch, 0), philox(seed, ORDER_SITE, state->epoch, 1)};
+    const Draw keys[2] = {philox(seed, ORDER_SITE, state->epoch, 0),
+                          philox(seed, ORDER_SITE, state->epoch, 1)};
     OVER(i, n) {
         word index = i;
         do {

@@ -1,4 +1,4 @@
-// Counter-based draws: Philox4x64-10 with the bits of np.random.Philox, see gpunet.core.random for what is drawn where.
+// Counter-based draws: Philox4x64-10 with the bits of np.random.Philox. Who draws what: gpunet.core.random.
 //
 //     key = (seed, 0); block b of the stream (site, time): counter (b + 1, site, time, 0), four 64-bit words
 //

@@ -1,16 +1,17 @@
 // Pooling over windows of kh x kw, and over whole images.
 //
-//   maxpool_forward   y = largest x of the window, index = ky*kw + kx of the first largest in reading order (kh*kw <= 256).
-//                     Padding never wins; NaN does.
+//   maxpool_forward   y = largest x of the window, index = ky*kw + kx of the first largest in reading order
+//                     (kh*kw <= 256). Padding never wins; NaN does.
 //   maxpool_backward  dx[i] = sum of dy[o] over the windows o whose index points at i
 //   avgpool_forward   y = sum of the window's x inside the image / divisor
-//   avgpool_backward  dx[i] = sum of dy[o] / divisor[o] over the windows o that hold i
-//                     divisor: taps of the window in the padded image (include_pad 1) or in the image itself (0)
+//   avgpool_backward  dx[i] = sum of dy[o]/divisor[o] over the windows o that hold i
+//                     divisor: taps of the window inside the padded image (include_pad 1) or the image (0)
 //   global_average_forward   y[image] = mean of x[image] over its pixels
-//   global_average_backward  dx[image, pixel] = dy[image] / pixels
+//   global_average_backward  dx[image, pixel] = dy[image]/pixels
 //
-// Outputs are overwritten; every backward gathers, no atomics. Bytes: each tensor once, windows that overlap from the
-// cache. Launch: four channels of one pixel a thread; global_average_forward a block for each image and 32 channels.
+// Outputs: overwritten; every backward gathers, so there are no atomics.
+// Bytes:   each tensor once; where windows overlap, the cache serves.
+// Launch:  over, four channels of a pixel a thread; global_average_forward a block an image and 32 channels.
 #include "reduce.cuh"
 #include "window.cuh"
 
@@ -32,8 +33,9 @@ struct Place {
 };
 
 // launch: over=n*oh*ow*((c+3)//4)
-KERNEL maxpool_forward(const real* x /*n*h*w*c*/, real* y /*n*oh*ow*c*/, unsigned char* index /*n*oh*ow*c*/, int n, int h,
-                       int w, int c, int oh, int ow, int kh, int kw, int stride_y, int stride_x, int pad_y, int pad_x) {
+KERNEL maxpool_forward(const real* x /*n*h*w*c*/, real* y /*n*oh*ow*c*/, unsigned char* index /*n*oh*ow*c*/,
+                       int n, int h, int w, int c, int oh, int ow, int kh, int kw, int stride_y, int stride_x,
+                       int pad_y, int pad_x) {
     OVER(i, (long long)n * oh * ow * ((c + 3) / 4)) {
         const Place out(i, oh, ow, c);
         const int top = out.y * stride_y - pad_y, left = out.x * stride_x - pad_x;
@@ -58,9 +60,9 @@ KERNEL maxpool_forward(const real* x /*n*h*w*c*/, real* y /*n*oh*ow*c*/, unsigne
 }
 
 // launch: over=n*h*w*((c+3)//4)
-KERNEL maxpool_backward(const real* dy /*n*oh*ow*c*/, const unsigned char* index /*n*oh*ow*c*/, real* dx /*n*h*w*c*/, int n,
-                        int h, int w, int c, int oh, int ow, int kh, int kw, int stride_y, int stride_x, int pad_y,
-                        int pad_x) {
+KERNEL maxpool_backward(const real* dy /*n*oh*ow*c*/, const unsigned char* index /*n*oh*ow*c*/,
+                        real* dx /*n*h*w*c*/, int n, int h, int w, int c, int oh, int ow, int kh, int kw,
+                        int stride_y, int stride_x, int pad_y, int pad_x) {
     OVER(i, (long long)n * h * w * ((c + 3) / 4)) {
         const Place in(i, h, w, c);
         const int py = in.y + pad_y, px = in.x + pad_x;
@@ -82,8 +84,9 @@ KERNEL maxpool_backward(const real* dy /*n*oh*ow*c*/, const unsigned char* index
 }
 
 // launch: over=n*oh*ow*((c+3)//4)
-KERNEL avgpool_forward(const real* x /*n*h*w*c*/, real* y /*n*oh*ow*c*/, int n, int h, int w, int c, int oh, int ow, int kh,
-                       int kw, int stride_y, int stride_x, int pad_y, int pad_x, int include_pad) {
+KERNEL avgpool_forward(const real* x /*n*h*w*c*/, real* y /*n*oh*ow*c*/, int n, int h, int w, int c, int oh,
+                       int ow, int kh, int kw, int stride_y, int stride_x, int pad_y, int pad_x,
+                       int include_pad) {
     const int border_y = include_pad ? pad_y : 0, border_x = include_pad ? pad_x : 0;
     OVER(i, (long long)n * oh * ow * ((c + 3) / 4)) {
         const Place out(i, oh, ow, c);
@@ -104,8 +107,9 @@ KERNEL avgpool_forward(const real* x /*n*h*w*c*/, real* y /*n*oh*ow*c*/, int n, 
 }
 
 // launch: over=n*h*w*((c+3)//4)
-KERNEL avgpool_backward(const real* dy /*n*oh*ow*c*/, real* dx /*n*h*w*c*/, int n, int h, int w, int c, int oh, int ow, int kh,
-                        int kw, int stride_y, int stride_x, int pad_y, int pad_x, int include_pad) {
+KERNEL avgpool_backward(const real* dy /*n*oh*ow*c*/, real* dx /*n*h*w*c*/, int n, int h, int w, int c,
+                        int oh, int ow, int kh, int kw, int stride_y, int stride_x, int pad_y, int pad_x,
+                        int include_pad) {
     const int border_y = include_pad ? pad_y : 0, border_x = include_pad ? pad_x : 0;
     OVER(i, (long long)n * h * w * ((c + 3) / 4)) {
         const Place in(i, h, w, c);

@@ -1,7 +1,7 @@
 // Sums and other reductions in an order that only the sizes fix: a run repeats bit for bit. No atomics.
 //
-// Every thread of the warp (warp_*) or block (block_sum, fold_rows) must call, outside of any branch that differs
-// between them; a thread without data passes the neutral element.
+// All threads of the warp (warp_*) or of the block (block_sum, fold_rows) call, outside of any branch on
+// which they differ; a thread without data passes the neutral element.
 #ifndef GPUNET_REDUCE
 #define GPUNET_REDUCE
 
@@ -10,7 +10,8 @@
 // Butterfly: a + b is b + a, so all 32 lanes end with the same bits.
 template <class T>
 DEVICE T warp_sum(T value) {
-    UNROLL for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    UNROLL for (int offset = WARP / 2; offset > 0; offset /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, offset);
     return value;
 }
 
@@ -51,16 +52,17 @@ DEVICE T block_sum(T value) {
     return sum;
 }
 
-// A reduction down the columns of a row-major matrix with c columns. A block takes `lanes` neighbouring columns, 32 or
-// the least power of two that holds c, and THREADS/lanes rows at a time, so that a warp reads neighbours. Launch
-// blocks=parts*((c+31)//32): part p reduces rows p*rows/parts to (p+1)*rows/parts, one tile of columns a block.
+// A reduction down the columns of a row-major matrix with c columns. A block takes `lanes` neighbours
+// (32, or the least power of two that holds c) and THREADS/lanes rows at a time, so that a warp reads
+// neighbours. Launch blocks=parts*((c+31)//32): part p is rows p*rows/parts to (p+1)*rows/parts, and a block
+// takes one tile of columns of one part.
 //
 //     const Tile tile(rows, c, parts);
 //     T value = neutral;
 //     if (tile.column < c)
-//         for (long long row = tile.first; row < tile.stop; row += tile.step) value += x[row * c + tile.column];
+//         for (long long row = tile.first; row < tile.stop; row += tile.step) value += x[...];
 //     value = fold_rows(value, tile.lanes, add);
-//     if (tile.writes) y[tile.part * c + tile.column] = value;
+//     if (tile.writes) y[tile.part*c + tile.column] = value;
 struct Tile {
     int lanes, part, column, step;
     long long first, stop;
@@ -79,7 +81,7 @@ struct Tile {
     }
 };
 
-// Merges the values of threads t, t + lanes, t + 2*lanes, ... by halving; threads below `lanes` get the results.
+// Merges the values of threads t, t + lanes, t + 2*lanes, ... by halving; threads below `lanes` get results.
 template <class T, class Merge>
 DEVICE T fold_rows(T value, int lanes, Merge merge) {
     __shared__ T values[THREADS];
@@ -99,7 +101,8 @@ template <class T>
 DEVICE wide column_tile_sum(const T* x, const Tile& tile, int c) {
     wide sum = 0;
     if (tile.column < c)
-        for (long long row = tile.first; row < tile.stop; row += tile.step) sum += load(x + row * c + tile.column);
+        for (long long row = tile.first; row < tile.stop; row += tile.step)
+            sum += load(x + row * c + tile.column);
     return fold_rows(sum, tile.lanes, [](wide a, wide b) { return a + b; });
 }
 

@@ -1,7 +1,7 @@
-// Which windows of a convolution or pooling hold a position, and which taps of a window lie inside: one axis at a time.
+// Along one axis: which windows of a convolution or pooling hold a position, how much of a window is inside.
 //
-// Window o holds padded positions o*stride .. o*stride + reach, reach = (taps - 1)*dilation; padded position p is input
-// position p - pad.
+// Window o holds padded positions o*stride .. o*stride + reach, reach = (taps - 1)*dilation; padded position
+// p is input position p - pad.
 #ifndef GPUNET_WINDOW
 #define GPUNET_WINDOW
 
@@ -22,7 +22,9 @@ DEVICE int tap_at(int t, int dilation) {
     return tap * dilation == t ? tap : -1;
 }
 
-// How many of positions start .. start + taps - 1 lie in -pad .. size + pad - 1: a window's share in an average.
-DEVICE int clipped(int start, int taps, int size, int pad) { return min(start + taps, size + pad) - max(start, -pad); }
+// How many of the positions start .. start + taps - 1 lie in -pad .. size + pad - 1.
+DEVICE int clipped(int start, int taps, int size, int pad) {
+    return min(start + taps, size + pad) - max(start, -pad);
+}
 
 #endif

@@ -7,6 +7,7 @@ breaks the barrier, so that the others stop too, and its error is the one raised
 import threading
 from contextlib import contextmanager
 
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
 
@@ -66,8 +67,9 @@ class Team:
 
     def _replay(self, index, calls):
         try:
-            for call in calls:
-                call()
+            with np.errstate(all="ignore"):  # what is not finite is found and reported by the update
+                for call in calls:
+                    call()
         except BaseException as error:  # Ctrl-C too: the others must not wait for this replica
             self._errors[index] = error
             self._barrier.abort()

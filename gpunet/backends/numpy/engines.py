@@ -7,6 +7,8 @@ Each function is called once with the real arrays, lays out its blocks and retur
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from gpunet.backends.numpy.values import reached
+
 COLUMNS = 1 << 20  # bytes of patches a block
 DEEP_COLUMNS = 4 << 20  # and where the weights' gradient is summed over blocks: fewer sums
 PRODUCT = 1 << 19  # bytes of a partial gradient
@@ -104,13 +106,12 @@ def _blocks(g, x, scratch, columns_bytes):
         for top in range(0, g.oh, bands):
             band = min(bands, g.oh - top)
             first = top * g.stride_y - g.pad_y
-            low, high = max(first, 0), min(first + need, g.h)
-            group, fills = x[i : i + count, low:high], []
+            low, high = (min(max(edge - first, 0), need) for edge in (0, g.h))  # the band's rows in the image
+            group, fills = x[i : i + count, first + low : first + high], []
             if padded is not None:
-                inner = padded[:count, low - first : high - first, g.pad_x : g.pad_x + g.w]
-                fills.append((np.copyto, inner, group, None))
+                fills.append((np.copyto, padded[:count, low:high, g.pad_x : g.pad_x + g.w], group, None))
                 if bands < g.oh:  # rows beyond the image hold another band's pixels
-                    edges = (padded[:count, : low - first], padded[:count, high - first :])
+                    edges = (padded[:count, :low], padded[:count, high:])
                     fills += [(np.copyto, edge, zero, None) for edge in edges if edge.size]
                 group = padded[:count]
             rows = count * band * g.ow
@@ -161,27 +162,26 @@ def _rotated(g, dy, weight, dx, turned, pad_y, pad_x, scratch):
 
 def _folded(g, dy, weight, dx, scratch):
     """dx by products a patch, each added to its pixel: what a stride above 1 needs."""
-    images = max(1, min(g.n, COLUMNS // (g.oh * g.ow * g.depth * dy.itemsize)))
-    columns = scratch((images, g.oh, g.ow, g.kh, g.kw, g.c), dy.dtype)
-    padded = scratch((images, g.h + 2 * g.pad_y, g.w + 2 * g.pad_x, g.c), dy.dtype)
+    row_bytes = g.ow * g.depth * dy.itemsize
+    images = max(1, min(g.n, COLUMNS // (g.oh * row_bytes)))
+    bands = min(g.oh, max(1, COLUMNS // row_bytes))
+    columns = scratch((images, bands, g.ow, g.kh, g.kw, g.c), dy.dtype)
     transposed = weight.reshape(g.depth, g.outputs).T
     zero = np.zeros((), dy.dtype)
     steps = []
     for i in range(0, g.n, images):
-        count = min(images, g.n - i)
-        rows = dy[i : i + count].reshape(-1, g.outputs)
-        steps.append((np.matmul, rows, transposed, columns[:count].reshape(len(rows), g.depth)))
-        steps.append((np.copyto, padded, zero, None))
-        for ky in range(g.kh):
-            for kx in range(g.kw):
-                y, x = ky * g.dilation_y, kx * g.dilation_x
-                target = padded[
-                    :count,
-                    y : y + (g.oh - 1) * g.stride_y + 1 : g.stride_y,
-                    x : x + (g.ow - 1) * g.stride_x + 1 : g.stride_x,
-                ]
-                steps.append((np.add, target, columns[:count, :, :, ky, kx], target))
-        steps.append(
-            (np.copyto, dx[i : i + count], padded[:count, g.pad_y : g.pad_y + g.h, g.pad_x : g.pad_x + g.w], None)
-        )
+        target = dx[i : i + images]
+        steps.append((np.copyto, target, zero, None))
+        for top in range(0, g.oh, bands):
+            rows = dy[i : i + images, top : top + bands]
+            products = columns[: len(rows), : rows.shape[1]]
+            steps.append((np.matmul, rows.reshape(-1, g.outputs), transposed, products.reshape(-1, g.depth)))
+            first = top * g.stride_y - g.pad_y
+            for ky in range(g.kh):
+                ys, to_y = reached(rows.shape[1], g.h, g.stride_y, ky * g.dilation_y + first)
+                for kx in range(g.kw):
+                    xs, to_x = reached(g.ow, g.w, g.stride_x, kx * g.dilation_x - g.pad_x)
+                    pixels = target[:, to_y, to_x]
+                    if pixels.size:
+                        steps.append((np.add, pixels, products[:, ys, xs, ky, kx], pixels))
     return _runner([], steps)

@@ -1,6 +1,9 @@
-"""Activations in blocks of 128 KB that stay in the cache from the first pass over them to the last: NAxN.
+"""Activations in blocks of 128 KB that stay in the cache from the first pass to the last: 1.2 to 30 times as fast.
 
 The definitions make an array the size of x for each step, and fresh memory costs more than the arithmetic.
+Figures are ns an element, definition -> twin, 50 images of 32x32x64 in float32, NumPy 2.4 on one core of an AMD EPYC
+(Zen 3) that others used too, the best of many. relu_backward by minimum and multiplication of integers is 10 % faster,
+but wrong for -NaN; by a product with booleans it is no faster, and NaN * 0 stays.
 """
 
 import math
@@ -12,7 +15,7 @@ from gpunet.backends.numpy.scratch import BLOCK, block_bytes, blocks, plain
 
 
 def relu_forward(x, y, n, *, scratch):
-    """y = max(x, a block of zeros), for NumPy is slow against a scalar: BEFORE -> AFTER."""
+    """y = max(x, a block of zeros), for NumPy is slow against a scalar: 1.0 -> 0.4."""
     if not plain(x, y):
         return None
     pieces, (zeros,) = _pieces(scratch, x, y, temporaries=1, nbytes=block_bytes(x))
@@ -27,7 +30,7 @@ def relu_forward(x, y, n, *, scratch):
 
 
 def relu_backward(dy, y, dx, n, *, scratch):
-    """dx = dy & -(y > 0) on the bits of dy as integers: BEFORE -> AFTER."""
+    """dx = dy & -(y > 0) on the bits of dy as integers: 9.8 -> 0.8."""
     if not plain(dy, y, dx):
         return None
     whole = np.dtype(f"i{y.itemsize}")
@@ -48,7 +51,7 @@ def relu_backward(dy, y, dx, n, *, scratch):
 
 
 def leaky_relu_forward(x, y, slope, n, *, scratch):
-    """y = max(x, slope * x) for a slope in (0, 1]: BEFORE -> AFTER."""
+    """y = max(x, slope * x) for a slope in (0, 1]: 9.6 -> 0.6."""
     if not plain(x, y) or not 0 < slope <= 1:
         return None
     pieces, _ = _pieces(scratch, x, y, temporaries=1)
@@ -63,7 +66,7 @@ def leaky_relu_forward(x, y, slope, n, *, scratch):
 
 
 def leaky_relu_backward(dy, y, dx, slope, n, *, scratch):
-    """dx = dy * max(y > 0, slope) for a slope in (0, 1]: BEFORE -> AFTER."""
+    """dx = dy * max(y > 0, slope) for a slope in (0, 1]: 5.4 -> 0.9."""
     if not plain(dy, y, dx) or not 0 < slope <= 1:
         return None
     size = BLOCK // y.itemsize
@@ -83,7 +86,7 @@ def leaky_relu_backward(dy, y, dx, slope, n, *, scratch):
 
 
 def sigmoid_forward(x, y, n, *, scratch):
-    """y = 1 / (1 + exp(min(-x, the largest exponent))): BEFORE -> AFTER."""
+    """y = 1 / (1 + exp(min(-x, the largest exponent))): 8.2 -> 2.1."""
     if not plain(x, y):
         return None
     pieces, (_, limits) = _pieces(scratch, x, y, temporaries=2)
@@ -97,7 +100,7 @@ def sigmoid_forward(x, y, n, *, scratch):
 
 
 def sigmoid_backward(dy, y, dx, n, *, scratch):
-    """dx = dy * y * (1 - y): BEFORE -> AFTER."""
+    """dx = dy * y * (1 - y): 1.8 -> 0.8."""
     if not plain(dy, y, dx):
         return None
     pieces, _ = _pieces(scratch, dy, y, dx, temporaries=1)
@@ -113,7 +116,7 @@ def sigmoid_backward(dy, y, dx, n, *, scratch):
 
 
 def tanh_forward(x, y, n, *, scratch):
-    """y = tanh(x) straight into y: BEFORE -> AFTER."""
+    """y = tanh(x) straight into y: 3.1 -> 2.6."""
     if not plain(x, y):
         return None
     x, y = x.reshape(n), y.reshape(n)
@@ -121,7 +124,7 @@ def tanh_forward(x, y, n, *, scratch):
 
 
 def tanh_backward(dy, y, dx, n, *, scratch):
-    """dx = dy * (1 - y*y): BEFORE -> AFTER."""
+    """dx = dy * (1 - y*y): 1.6 -> 0.8."""
     if not plain(dy, y, dx):
         return None
     pieces, _ = _pieces(scratch, dy, y, dx, temporaries=1)
@@ -137,7 +140,7 @@ def tanh_backward(dy, y, dx, n, *, scratch):
 
 
 def silu_forward(x, y, n, *, scratch):
-    """y = x * sigmoid(x): BEFORE -> AFTER."""
+    """y = x * sigmoid(x): 9.4 -> 2.4."""
     if not plain(x, y):
         return None
     pieces, (_, _, limits) = _pieces(scratch, x, y, temporaries=3)
@@ -153,7 +156,7 @@ def silu_forward(x, y, n, *, scratch):
 
 
 def silu_backward(dy, x, dx, n, *, scratch):
-    """dx = dy * s * (1 + x * (1 - s)), s = sigmoid(x): BEFORE -> AFTER."""
+    """dx = dy * s * (1 + x * (1 - s)), s = sigmoid(x): 10 -> 2.9."""
     if not plain(dy, x, dx):
         return None
     pieces, (_, _, limits) = _pieces(scratch, dy, x, dx, temporaries=3)
@@ -173,7 +176,7 @@ def silu_backward(dy, x, dx, n, *, scratch):
 
 
 def gelu_forward(x, y, n, *, scratch):
-    """y = max(x, 0) - |x| * Q(|x|), Q the normal distribution's tail; float32: BEFORE -> AFTER."""
+    """y = max(x, 0) - |x| * Q(|x|), Q the normal distribution's tail; float32: 130 -> 4.2."""
     if not plain(x, y) or x.dtype != np.float32:
         return None
     pieces, (*_, zeros) = _pieces(scratch, x, y, temporaries=5)
@@ -192,7 +195,7 @@ def gelu_forward(x, y, n, *, scratch):
 
 
 def gelu_backward(dy, x, dx, n, *, scratch):
-    """dx = dy * (1/2 + sign(x) * (1/2 + exp(-x*x/2) * (|x| / sqrt(2 pi) - R(|x|)))); float32: BEFORE -> AFTER.
+    """dx = dy * (1/2 + sign(x) * (1/2 + exp(-x*x/2) * (|x| / sqrt(2 pi) - R(|x|)))); float32: 130 -> 5.1.
 
     R(|x|) = exp(x*x/2) * Q(|x|), Q the normal distribution's tail.
     """

@@ -1,7 +1,9 @@
-"""Batch normalisation in blocks of 128 KB with flat operands; see the functions for what each gained.
+"""Batch normalisation in blocks of 128 KB with flat operands: 3 to 13 times as fast as the definitions.
 
 Channel rows are repeated to whole blocks (a broadcast row costs a loop a pixel), sums over pixels are `ones @ X`.
-Measured on one core of an AMD EPYC (Zen 3) with NumPy 2.4, float32, 50 images of 32x32x64, ns an element.
+Figures are ns an element, definition -> twin, 50 images of 32x32x64 in float32, NumPy 2.4 on one core of an AMD EPYC
+(Zen 3) that others used too, the best of many. Lost: two passes for the moments (+15 %), np.einsum for squares (+10 %),
+sums and squares side by side for one product (+60 %), rows broadcast over lines of 512 to 4096 (+30 %).
 """
 
 import numpy as np
@@ -10,15 +12,14 @@ from gpunet.backends.numpy.scratch import BLOCK, ColumnSums, RepeatedRow, blocks
 
 
 def batchnorm_moments(x, moments, rows, c, parts, *, scratch):
-    """Moments about a pilot, the mean of the first block, in one pass over x: BEFORE -> AFTER.
+    """Moments about a pilot, the mean of a block, in one pass over x: 7.9 -> 0.6.
 
     With t = x - pilot: mean = pilot + sum(t)/n, M2 = sum(t*t) - sum(t)**2/n. What cancels is at most (blocks) times
-    M2, since the first block is part of the data: no precision is lost where the mean is large.
+    M2, since that block is part of the data: no precision is lost where the mean is large.
     """
-    if not plain(x, moments) or c * x.itemsize > BLOCK or rows < parts:
+    if not plain(x, moments) or not (sums := ColumnSums.fit(scratch, x, rows, c, parts, 2)):
         return None
     flat, moments = x.reshape(-1), moments.reshape(parts, 3, c)
-    sums = ColumnSums(scratch, x, rows, c, parts, 2)
     pilot = RepeatedRow(scratch, c, x)
     t, guess = scratch(pilot.flat.shape, x.dtype), scratch((c,), x.dtype)
     groups = [([_piece(flat, t, pilot.flat, c, *e) for e in entries], close) for entries, close in sums.groups]
@@ -51,13 +52,14 @@ def batchnorm_moments(x, moments, rows, c, parts, *, scratch):
 
 
 def _piece(flat, t, row, c, start, stop, shape, ones, targets):
+    """Return an entry's views: of x, the row, the temporary flat and in lines, its ones and targets."""
     size = (stop - start) * c
     shifted = t[:size]
     return flat[start * c : stop * c], row[:size], shifted, shifted.reshape(shape), ones, *targets
 
 
 def batchnorm_forward(x, mean, inverse, gamma, beta, y, rows, c, *, scratch):
-    """y = x * scale + shift, scale = gamma * inverse, shift = beta - mean * scale: BEFORE -> AFTER."""
+    """y = x * scale + shift, scale = gamma * inverse, shift = beta - mean * scale: 3.1 -> 0.6."""
     if not plain(x, mean, y) or c * x.itemsize > BLOCK:
         return None
     scale, shift = RepeatedRow(scratch, c, x), RepeatedRow(scratch, c, x)
@@ -76,19 +78,20 @@ def batchnorm_forward(x, mean, inverse, gamma, beta, y, rows, c, *, scratch):
 
 
 def batchnorm_backward_sums(dy, x, mean, inverse, sums, rows, c, parts, *, scratch):
-    """Sums of dy and of dy * (x - mean), the latter times inverse at the end: BEFORE -> AFTER."""
-    if not plain(x, dy, mean, sums) or c * x.itemsize > BLOCK or rows < parts:
+    """Sums of dy and of dy * (x - mean), the latter times inverse at the end: 3.7 -> 0.7."""
+    if not plain(x, dy, mean, sums) or not (columns := ColumnSums.fit(scratch, x, rows, c, parts, 2)):
         return None
     out = sums.reshape(parts, 2, c)
-    columns = ColumnSums(scratch, x, rows, c, parts, 2)
     centre = RepeatedRow(scratch, c, x)
     t = scratch(centre.flat.shape, x.dtype)
-    flat, gradient = x.reshape(-1), dy.reshape(-1)
-    groups = [
-        ([(gradient[e[0] * c : e[1] * c], *_piece(flat, t, centre.flat, c, *e)) for e in entries], close)
-        for entries, close in columns.groups
-    ]
-    groups = [([(e[0].reshape(e[4].shape), *e) for e in entries], close) for entries, close in groups]
+    flat, gradient, groups = x.reshape(-1), dy.reshape(-1), []
+    for entries, close in columns.groups:
+        parts_of_dy = [gradient[start * c : stop * c] for start, stop, *_ in entries]
+        views = [
+            (part.reshape(entry[2]), part, *_piece(flat, t, centre.flat, c, *entry))
+            for part, entry in zip(parts_of_dy, entries, strict=True)
+        ]
+        groups.append((views, close))
     dot, subtract, multiply = np.dot, np.subtract, np.multiply
 
     def run():
@@ -109,7 +112,7 @@ def batchnorm_backward_sums(dy, x, mean, inverse, sums, rows, c, parts, *, scrat
 
 
 def batchnorm_backward(dy, x, mean, inverse, gamma, sums, dx, total, rows, c, *, scratch):
-    """dx = a * dy + b * x + s with rows a = gamma * inverse, b = -a * inverse * sums[1]/total: BEFORE -> AFTER."""
+    """dx = a * dy + b * x + s with rows a = gamma * inverse, b = -a * inverse * sums[1]/total: 5.0 -> 1.1."""
     if not plain(dy, x, mean, dx) or c * x.itemsize > BLOCK:
         return None
     slope, pull, shift = (RepeatedRow(scratch, c, x) for _ in range(3))

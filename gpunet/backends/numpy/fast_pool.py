@@ -1,9 +1,11 @@
-"""Pooling on flat vectors: NAxN.
+"""Pooling on flat vectors: 4 to 25 times as fast as the definitions; overlapping maxima twice as fast as by slices.
 
 The pixels of a padded image are dealt out by their remainders modulo the stride: phase (a, b) holds pixel
 (i*stride_y + a, j*stride_x + b) at place (i, j). Then tap (ky, kx) of every window is phase (ky % stride_y,
 kx % stride_x) moved by a constant distance, so all comparisons and sums run over contiguous memory, whatever the
 stride. A pixel is dealt as one element of a void type: three to six times faster than as c floats.
+Figures are ns an element of x, definition -> twin, 50 images of 32x32x64 by 2x2/2 (32x32x32 by 3x3/2 that overlap) in
+float32, NumPy 2.4 on one core of an AMD EPYC (Zen 3) that others used too, the best of many.
 """
 
 import numpy as np
@@ -116,13 +118,13 @@ def _runner(steps):
 
 
 def maxpool_forward(x, y, index, n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x, *, scratch):
-    """Maxima along x, then along y, each with the tap it came from: BEFORE -> AFTER.
+    """Maxima along x, then along y, each with the tap it came from: 19 -> 0.8 (35 -> 1.3).
 
     A NaN wins as in the definition, but which tap its index names is left open.
     """
     g = _Layout(n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x, x.itemsize)
     down, across = g.y.phases, g.x.phases
-    if not plain(x, y) or g.size * ((down + across + 1) * x.itemsize + down + 3) > scratch.nbytes:
+    if not plain(x, y) or g.size * ((down + across + 1) * x.itemsize + down + 3) > scratch.nbytes // 2:
         return None
     x, y, index = x.reshape(n, h, w, c), y.reshape(n, oh, ow, c), index.reshape(n, oh, ow, c)
     phases, rows = scratch((across, g.size), x.dtype), scratch((down, g.size), x.dtype)
@@ -167,9 +169,9 @@ def maxpool_forward(x, y, index, n, h, w, c, oh, ow, kh, kw, stride_y, stride_x,
 
 
 def maxpool_backward(dy, index, dx, n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x, *, scratch):
-    """Each phase gathers dy from the windows that chose it, selected by integer masks: BEFORE -> AFTER."""
+    """Each phase gathers dy from the windows that chose it, selected by integer masks: 6.7 -> 0.9 (10 -> 1.7)."""
     g = _Layout(n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x, dx.itemsize)
-    if not plain(dy, dx) or g.size * (4 * dx.itemsize + 2) > scratch.nbytes:
+    if not plain(dy, dx) or g.size * (4 * dx.itemsize + 2) > scratch.nbytes // 2:
         return None
     dy, index, dx = dy.reshape(n, oh, ow, c), index.reshape(n, oh, ow, c), dx.reshape(n, h, w, c)
     whole = np.dtype(f"i{dx.itemsize}")
@@ -199,10 +201,10 @@ def maxpool_backward(dy, index, dx, n, h, w, c, oh, ow, kh, kw, stride_y, stride
 
 
 def avgpool_forward(x, y, n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x, include_pad, *, scratch):
-    """Sums along x, then along y, then the division: BEFORE -> AFTER."""
+    """Sums along x, then along y, then the division: 3.5 -> 0.6 (4.6 -> 1.0)."""
     g = _Layout(n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x, x.itemsize)
     down, across = g.y.phases, g.x.phases
-    if not plain(x, y) or g.size * (down + across + 1) * x.itemsize > scratch.nbytes:
+    if not plain(x, y) or g.size * (down + across + 1) * x.itemsize > scratch.nbytes // 2:
         return None
     x, y, shares = x.reshape(n, h, w, c), y.reshape(n, oh, ow, c), _shares(g, include_pad, x.dtype)
     phases, rows = scratch((across, g.size), x.dtype), scratch((down, g.size), x.dtype)
@@ -224,9 +226,9 @@ def avgpool_forward(x, y, n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y,
 
 
 def avgpool_backward(dy, dx, n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x, include_pad, *, scratch):
-    """The transpose: dy is divided, then summed along y, then along x: BEFORE -> AFTER."""
+    """The transpose: dy is divided, then summed along y, then along x: 4.8 -> 0.4 (8.3 -> 0.6)."""
     g = _Layout(n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x, dx.itemsize)
-    if not plain(dy, dx) or 4 * g.size * dx.itemsize > scratch.nbytes:
+    if not plain(dy, dx) or 3 * g.size * dx.itemsize > scratch.nbytes // 2:
         return None
     dy, dx, shares = dy.reshape(n, oh, ow, c), dx.reshape(n, h, w, c), _shares(g, include_pad, dx.dtype)
     spread, column, total = (scratch((g.size,), dx.dtype) for _ in range(3))
@@ -266,7 +268,7 @@ def _shares(g, include_pad, dtype):
 
 
 def global_average_forward(x, y, n, pixels, c, *, scratch):
-    """y[i] = (1/pixels, ..., 1/pixels) @ x[i]: BEFORE -> AFTER."""
+    """y[i] = (1/pixels, ..., 1/pixels) @ x[i]: 0.79 -> 0.11 at 8x8x64."""
     if not plain(x, y):
         return None
     images, means, shares = x.reshape(n, pixels, c), y.reshape(n, c), scratch((pixels,), x.dtype)
@@ -279,8 +281,8 @@ def global_average_forward(x, y, n, pixels, c, *, scratch):
 
 
 def global_average_backward(dy, dx, n, pixels, c, *, scratch):
-    """dx[i, pixel] = dy[i] / pixels, a pixel copied as one element: BEFORE -> AFTER."""
-    if not plain(dy, dx) or dy.nbytes > scratch.nbytes:
+    """dx[i, pixel] = dy[i] / pixels, a pixel copied as one element: 0.18 -> 0.11 at 8x8x64."""
+    if not plain(dy, dx) or dy.nbytes > scratch.nbytes // 2:
         return None
     share = scratch((n, 1, c), dx.dtype)
     source, target = as_pixels(share), as_pixels(dx.reshape(n, pixels, c))

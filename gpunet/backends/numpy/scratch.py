@@ -97,6 +97,13 @@ class ColumnSums:
 
     DEPTH = 64  # blocks folded at a time: few enough for the cache, and sums of sums stay exact to the last bits
 
+    @classmethod
+    def fit(cls, scratch, x, rows, c, parts, quantities):
+        """Return the sums, or None where they would take half of the scratch, or a part would have no row."""
+        slots = cls.DEPTH + 1 + parts + 2 * x.nbytes // (cls.DEPTH * block_bytes(x))
+        needed = slots * quantities * max(c, LINE) * x.itemsize
+        return cls(scratch, x, rows, c, parts, quantities) if rows >= parts and needed <= scratch.nbytes // 2 else None
+
     def __init__(self, scratch, x, rows, c, parts, quantities):
         k = max(1, LINE // c)
         lines, dtype = max(1, block_bytes(x) // x.itemsize // (k * c)), x.dtype

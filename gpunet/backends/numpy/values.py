@@ -36,3 +36,11 @@ def place(state, batch, batches, first, places, n):
     """Return (start, m): the place in the epoch of a range's first image, and how many of its n there are."""
     start = (int(state["batch"]) - int(state["epoch"]) * batches) * batch + first
     return start, min(max(places - start, 0), n)
+
+
+def reached(outputs, size, stride, offset):
+    """Return slices: which outputs i have their pixel i * stride + offset on 0 .. size - 1, and those pixels."""
+    first, stop = max(0, -(offset // stride)), min(outputs, (size - 1 - offset) // stride + 1)
+    if stop <= first:
+        return slice(0), slice(0)
+    return slice(first, stop), slice(first * stride + offset, (stop - 1) * stride + offset + 1, stride)

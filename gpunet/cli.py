@@ -1,0 +1,208 @@
+"""The command `gpunet`. Each command imports what it needs when it runs, so that help comes at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpunet.errors import GpunetError
+
+HELP = {"context_settings": {"help_option_names": ["-h", "--help"]}, "no_args_is_help": True}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, **HELP)
+data_app = typer.Typer(help="Fetch, check and look at data sets.", **HELP)
+app.add_typer(data_app, name="data")
+
+Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped recipe.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name in runs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting; may be repeated.")
+]
+Folder = Annotated[str | None, typer.Option("--data", metavar="DIR", help="Where the data set is.")]
+Backend = Annotated[str | None, typer.Option("--backend", help="What computes, in place of the recipe's.")]
+Which = Annotated[str | None, typer.Option("--checkpoint", metavar="best|last", help="The best if there is one.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False):
+    """Train convolutional networks: on NumPy anywhere, with CUDA kernels on an NVIDIA GPU."""
+
+
+@app.command()
+def train(
+    config: Recipe,
+    overrides: Overrides = None,
+    data: Folder = None,
+    backend: Backend = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Where run directories go.")] = None,
+):
+    """Train a recipe; leave a run directory with checkpoints, metrics, curves and a report."""
+    from gpunet.train import Trainer
+
+    loaded = _load(config, overrides, data, backend)
+    if out is not None:
+        loaded.run.directory = out
+    Trainer(loaded).fit()
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    split: Annotated[str, typer.Option("--split", metavar="train|validation|test")] = "test",
+    checkpoint: Which = None,
+    data: Folder = None,
+    backend: Backend = None,
+):
+    """Measure the network of a run on a split of its data set: loss, accuracy, each class."""
+    from gpunet.train.build import build_data
+    from gpunet.train.report import class_rows
+    from gpunet.train.run import Run
+    from gpunet.train.text import columns
+
+    opened = Run.open(run)
+    config = _place(opened.config(), data, backend)
+    predictor = _predictor(opened, checkpoint, config.train.backend)
+    dataset = build_data(config)
+    if dataset.note:
+        print(f"note: {dataset.note}", file=sys.stderr)
+    found = predictor.evaluate(dataset, split)
+    print(f"{split} of {dataset.name}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f}, {found.count:,} images")
+    if found.confusion is not None:
+        print(columns(class_rows(found.confusion, predictor.classes), 1))
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    checkpoint: Which = None,
+    backend: Backend = None,
+):
+    """Name the three likeliest classes of pictures, which are scaled and cut as in training."""
+    import numpy as np
+
+    from gpunet.data import prepare_image
+    from gpunet.train.run import Run
+
+    predictor = _predictor(Run.open(run), checkpoint, backend)
+    height, width, channels = predictor.step.graph.input_shape
+    pixels = np.stack([prepare_image(path, (height, width), channels) for path in images])
+    print(f"each picture scaled to cover {height} x {width} pixels, and its middle taken", file=sys.stderr)
+    for path, row in zip(images, predictor.predict(pixels), strict=True):
+        best = row.argsort()[::-1][:3]
+        print(f"{path}: " + ", ".join(f"{predictor.classes[i]} {row[i]:.1%}" for i in best))
+
+
+@app.command()
+def summary(
+    config: Recipe,
+    overrides: Overrides = None,
+    data: Folder = None,
+    backend: Backend = None,
+    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Find its largest batch.")] = None,
+):
+    """Show layers, shapes, weights, FLOPs and planned memory of a recipe; nothing is trained and no image is read."""
+    from gpunet.train.summary import Plan
+    from gpunet.train.text import columns, parse_size, size
+
+    limit = None if memory is None else parse_size(memory)
+    plan = Plan(_load(config, overrides, data, backend))
+    held, batch = plan.memory(), plan.config.train.batch
+    print(f"{plan}\n\nplanned memory at batch {batch}")
+    print(columns([*((name, size(n)) for name, n in held.items()), ("peak", size(sum(held.values())))], 1))
+    if limit is not None:
+        print(f"\nlargest batch for {memory}: {plan.largest_batch(limit) or 'none fits'}")
+
+
+@app.command(name="list")
+def list_known(what: Annotated[str, typer.Argument(metavar="models|configs")]):
+    """List the networks or the recipes that come with gpunet."""
+    from gpunet.train.text import columns
+
+    if what == "models":
+        from gpunet.models import MODELS
+
+        rows = [(name, (build.__doc__ or "").split("\n")[0]) for name, build in MODELS.items()]
+    elif what == "configs":
+        from gpunet import resources
+
+        files = sorted(resources.configs().glob("*.toml"))
+        rows = [(file.stem, file.read_text(encoding="utf-8").split("\n")[0].lstrip("# ")) for file in files]
+    else:
+        raise GpunetError(f"list: expected models or configs, got '{what}'")
+    print(columns(rows, 2))
+
+
+@data_app.command()
+def fetch(name: Annotated[str, typer.Argument(metavar="cifar10|cifar100")]):
+    """Download a data set into the cache folder, unless it is there."""
+    from gpunet import data
+
+    print(data.load(name, validation=0))
+
+
+@data_app.command()
+def check(directory: Annotated[str, typer.Argument(metavar="DIR")]):
+    """Look for anything wrong with a folder: CIFAR files, or folders of pictures."""
+    from gpunet import data
+
+    report = data.check(directory)
+    print(report)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME|CONFIG", help="A data set, or a recipe that names one.")],
+    split: Annotated[str, typer.Option("--split", metavar="train|validation|test")] = "train",
+    data: Folder = None,
+    out: Annotated[str, typer.Option("--out", metavar="PNG", help="The picture to write.")] = "contact.png",
+):
+    """Draw the first pictures of every class of a data set into a PNG."""
+    from gpunet import data as sets
+    from gpunet.train.build import build_data, pick_split
+
+    known = name in sets.LOADERS
+    dataset = sets.load(name, data) if known else build_data(_load(name, None, data, None))
+    sheet = sets.contact_sheet(pick_split(dataset, split), dataset.classes)
+    try:
+        sheet.save(out)
+    except (OSError, ValueError) as error:
+        raise GpunetError(f"--out {out}: cannot be written: {error}") from None
+    print(f"{dataset}\n{out}")
+
+
+def _load(config, overrides, data, backend):
+    from gpunet.train.config import load_config
+
+    return _place(load_config(config, overrides or ()), data, backend)
+
+
+def _place(config, data, backend):
+    """Put --data and --backend in place of the config's."""
+    if data is not None:
+        config.data.directory = str(Path(data).absolute())
+    if backend is not None:
+        config.train.backend = backend
+    return config
+
+
+def _predictor(run, checkpoint, backend):
+    from gpunet.train.predictor import Predictor
+
+    return Predictor.load(run.checkpoint(checkpoint), backend)
+
+
+def main():
+    """Run the command; an error of the user is one line and exit code 2, Ctrl-C is 130."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except (GpunetError, OSError) as error:
+        if debug:
+            raise
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"gpunet: {text}", file=sys.stderr)
+        sys.exit(2)

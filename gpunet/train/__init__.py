@@ -1,0 +1,8 @@
+"""Recipes, the training loop, checkpoints, run directories."""
+
+from gpunet.train.checkpoint import Checkpoint
+from gpunet.train.config import Config, load_config, parse_config
+from gpunet.train.predictor import Evaluation, Predictor
+from gpunet.train.trainer import Trainer
+
+__all__ = ["Checkpoint", "Config", "Evaluation", "Predictor", "Trainer", "load_config", "parse_config"]

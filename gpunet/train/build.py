@@ -1,0 +1,127 @@
+"""From a recipe to objects of the floors below: data, graph, normalisation, sources, step."""
+
+from contextlib import contextmanager
+
+import numpy as np
+
+from gpunet import data, models
+from gpunet.core.source import Source
+from gpunet.core.step import Step
+from gpunet.data import cifar, folder, shapes
+from gpunet.errors import GpunetError
+from gpunet.nn import LOSSES
+from gpunet.optim import OPTIMIZERS
+
+
+def build_data(config):
+    """Return the DataSet of [data]."""
+    with _arguments_of("data", config.data):
+        return data.load(config.data.name, **config.data.arguments)
+
+
+def pick_split(dataset, name):
+    """Return a split by its name."""
+    if name not in dataset.splits:
+        raise GpunetError(f"{dataset.name}: split: expected one of {', '.join(dataset.splits)}, got '{name}'")
+    return dataset.splits[name]
+
+
+def outline(config):
+    """Return a DataSet of the sizes of [data] whose pixels were never written: for plans. At most names are read."""
+    settings, options = config.data, config.data.model_extra
+    with _arguments_of("data", settings):
+        if settings.name in cifar.SETS:
+            layout = cifar.SETS[settings.name]
+            classes = layout.classes["coarse_labels" if options.get("coarse") else list(layout.classes)[-1]]
+            counts = {"train": len(layout.train) * layout.images["train"], "test": layout.images["test"]}
+            shape = (32, 32, 3)
+        elif settings.name == "shapes":
+            classes, shape = tuple(shapes.SHAPES), (shapes.SIDE, shapes.SIDE, 3)
+            counts = {"train": options.get("train", 10_000), "test": options.get("test", 2_000)}
+        else:
+            classes, listing = folder.list_pictures(folder.Path(settings.directory))
+            size, counts = options["size"], {name: len(pictures) for name, pictures in listing.items()}
+            shape = (*((size, size) if isinstance(size, int) else size), options.get("channels", 3))
+    if "validation" not in counts:
+        held = settings.validation
+        counts["validation"] = int(held) if held >= 1 else round(held * counts["train"])
+        counts["train"] -= counts["validation"]
+    counts["train"] = min(counts["train"], settings.limit or counts["train"])
+    splits = {
+        name: data.Split(np.empty((n, *shape), np.uint8), np.zeros(n, np.int32)) for name, n in counts.items() if n
+    }
+    return data.DataSet(settings.name, classes, **splits)
+
+
+def build_graph(config, shape, outputs):
+    """Return the network of [model] for images of `shape`; its vectors get the rate and decay that [optimizer] says."""
+    with _arguments_of("model", config.model):
+        graph = models.build(config.model.name, shape, outputs, **config.model.model_extra)
+    for parameter in graph.parameters():
+        if parameter.trainable and len(parameter.shape) == 1:
+            if not parameter.name.endswith(".gamma"):
+                parameter.rate *= config.optimizer.bias_rate
+            parameter.decay *= config.optimizer.decay_bias
+    return graph
+
+
+@contextmanager
+def _arguments_of(section, named):
+    """Turn a TypeError, which an argument of a wrong type causes somewhere below, into a sentence for the user."""
+    try:
+        yield
+    except (TypeError, KeyError) as error:
+        given = ", ".join(f"{k} = {v!r}" for k, v in named.model_extra.items())
+        raise GpunetError(f"[{section}] {named.name} with {given or 'no arguments'}: {error}") from None
+
+
+def build_normalisation(config, dataset):
+    """Return (mean, scale) from [augment] and the training images: each one value, one a channel, or one a pixel."""
+    mean, scale = config.augment.mean, config.augment.scale
+    if "channel" in (mean, scale):
+        means, deviations = data.channel_statistics(dataset)
+        mean = means if mean == "channel" else mean
+        if scale == "channel":
+            scale = 1 / np.where(deviations > 0, deviations, 1)  # 0: a channel that never changes
+    mean = data.mean_image(dataset) if isinstance(mean, str) else mean
+    return np.asarray(mean, np.float64), np.asarray(scale, np.float64)
+
+
+def build_source(config, name, dataset, mean, scale):
+    """Return the Source of a split; only "train" is augmented, smoothed and shuffled."""
+    augment = config.augment
+    return Source(
+        dataset.splits[name],
+        mean,
+        scale,
+        flip=augment.flip,
+        pad=augment.crop,
+        reflect=augment.reflect,
+        smoothing=config.loss.smoothing,
+        classes=len(dataset.classes) or None,
+        shuffle=config.train.shuffle and name == "train",
+        name=name,
+    )
+
+
+def build_step(config, graph, source=None):
+    """Return the Step that trains `graph` on a source; without one, a step that only predicts."""
+    train, settings = config.train, config.optimizer
+    optimizer = rates = None
+    if source is not None:
+        keys = ("lr", "momentum", "weight_decay", "nesterov", "form", "clip")
+        optimizer = OPTIMIZERS[settings.name](**{key: getattr(settings, key) for key in keys})
+        per_epoch = -(-source.batches(train.batch) // train.accumulate)
+        rates = config.rates(train.epochs * per_epoch, per_epoch)
+    return Step(
+        graph,
+        LOSSES[config.loss.name](),
+        optimizer,
+        batch=train.batch,
+        dtype=train.dtype,
+        backend=train.backend,
+        replicas=train.replicas,
+        seed=train.seed,
+        source=source,
+        rates=rates,
+    )

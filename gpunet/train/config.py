@@ -1,0 +1,288 @@
+"""Recipes: TOML files checked against a model, with one form of error, and written back with all defaults resolved.
+
+Knows which keys there are and what values they take; what they do is the trainer's and the floors' below.
+"""
+
+import inspect
+import json
+import tomllib
+from difflib import get_close_matches
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from gpunet import resources
+from gpunet.data import LOADERS
+from gpunet.errors import GpunetError
+from gpunet.models import MODELS
+from gpunet.optim.schedules import SCHEDULES
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: no unknown key, no conversion of types but whole numbers to fractions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True)
+
+
+class Named(BaseModel):
+    """A table whose other keys are arguments of what `name` names, which checks them."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, validate_assignment=True)
+    name: str
+
+
+class Data(Named):
+    """Arguments of gpunet.data.load; other keys are those of the set's loader."""
+
+    directory: str | None = None
+    validation: Annotated[float, Field(ge=0)] = 0.1
+    seed: Natural = 0
+    fallback: Literal["shapes"] | None = None
+    limit: Count | None = None
+
+    @property
+    def arguments(self):
+        """What is set, but for the name."""
+        return self.model_dump(exclude={"name"}, exclude_none=True)
+
+
+class Augment(Section):
+    """x = (pixel - mean) * scale, on a random crop of the image padded by `crop` pixels, flipped or not.
+
+    mean: "channel", "image" or values of the training images; scale: "channel" for 1/sd, or factors.
+    """
+
+    flip: bool = False
+    crop: Natural = 0
+    reflect: bool = False
+    mean: Literal["channel", "image"] | float | list[float] = "channel"
+    scale: Literal["channel"] | float | list[float] = "channel"
+
+
+class Loss(Section):
+    """The loss, and how much of a target is spread over all classes."""
+
+    name: Literal["cross_entropy", "mse"] = "cross_entropy"
+    smoothing: Share = 0.0
+
+
+class Optimizer(Section):
+    """SGD; `bias_rate` multiplies the rate of biases, `decay_bias` decays vectors too, `clip` bounds the norm."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Share = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    form: Literal["pytorch", "caffe"] = "pytorch"
+    bias_rate: Annotated[float, Field(ge=0)] = 1.0
+    decay_bias: bool = True
+    clip: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Train(Section):
+    """The loop. `accumulate` batches make one update; validation is measured every `evaluate_every` epochs."""
+
+    epochs: Count = 10
+    batch: Count = 128
+    accumulate: Count = 1
+    seed: Natural = 0
+    replicas: Count | None = None
+    backend: str = "numpy"
+    dtype: Literal["float32", "float64"] = "float32"
+    shuffle: bool = True
+    evaluate_every: Count = 1
+    monitor_test: bool = False
+
+
+class Run(Section):
+    """Where the run is written: directory/name-date."""
+
+    directory: str = "runs"
+    name: str | None = None
+
+
+def _schedule(function):
+    """Return the section for one schedule: its keyword-only parameters, with their annotations and defaults."""
+    keywords = {
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    }
+    name = function.__name__
+    return create_model(name, __base__=Section, name=(Literal[name], name), **keywords)
+
+
+_SCHEDULES = {name: _schedule(f) for name, f in SCHEDULES.items()}
+Schedule = Annotated[reduce(or_, _SCHEDULES.values()), Field(discriminator="name")]
+
+
+class Config(Section):
+    """A recipe."""
+
+    model: Named
+    data: Data
+    augment: Augment = Augment()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = _SCHEDULES["const"]()
+    train: Train = Train()
+    run: Run = Run()
+
+    @property
+    def rates(self):
+        """The schedule as a function of (updates, updates an epoch): the table of rates."""
+        settings = self.schedule.model_dump(exclude={"name"})
+        return lambda steps, per_epoch: SCHEDULES[self.schedule.name](steps, per_epoch, self.optimizer.lr, **settings)
+
+
+def load_config(name_or_path, overrides=()):
+    """Return the Config of a file or a shipped recipe; `overrides` are texts "section.key=value", value in TOML.
+
+    Raises GpunetError that names file, section and key, what was expected and what is there.
+    """
+    path = resources.config(name_or_path)
+    place = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    table, origin = _read(path, place), {}
+    for text in overrides:
+        section, key, value = _override(text)
+        origin[section, key if section in table else None] = origin[section, key] = f"--set {text}"
+        if isinstance(table.setdefault(section, {}), dict):
+            table[section][key] = value
+    config = parse_config(table, place, origin)
+    _check_arguments("model", config.model, MODELS, place, origin)
+    _check_arguments("data", config.data, LOADERS, place, origin)
+    config.run.name = config.run.name or path.stem
+    if config.data.directory is not None:
+        config.data.directory = str(Path(config.data.directory).expanduser().absolute())
+    return config
+
+
+def parse_config(table, place="config", origin=None):
+    """Return the Config of nested dicts; errors name `place`, or the origin given for a (section, key)."""
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        raise GpunetError(_explain(error.errors(include_url=False), table, place, origin or {})) from None
+
+
+def to_toml(config):
+    """Return the recipe as TOML, defaults included; what is None is left out."""
+    sections = []
+    for section, values in config.model_dump().items():
+        lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+        sections.append("\n".join([f"[{section}]", *lines]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _toml(value):
+    """Return a value as TOML writes it, which is as JSON does but for numbers like 1e20 and control characters."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def _read(path, place):
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise GpunetError(f"{place}: expected text in UTF-8: {error.reason} at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise GpunetError(f"{place}: not TOML: {error}") from None
+
+
+def _override(text):
+    """Split "section.key=value"; a value that is not TOML is taken as text."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key) or "." in key:
+        raise GpunetError(f"--set {text}: expected section.key=value, such as optimizer.lr=0.1")
+    try:
+        return section, key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, key, value.strip()
+
+
+_EXPECTED = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "string_type": "a text in quotes",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "finite_number": "a finite number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "{expected_tags}",
+}
+
+
+def _explain(errors, table, place, origin):
+    """Return one line for the first fault, and how many more there are."""
+    faults = {}
+    for error in errors:
+        section, *rest = error["loc"]
+        if section == "schedule" and rest:
+            rest = rest[1:]  # the kind of schedule
+        if error["type"].startswith("union_tag"):
+            rest = ["name"]
+        faults.setdefault((section, rest[0] if rest else None), []).append(error)
+    unknown = [place for place, found in faults.items() if found[0]["type"] == "extra_forbidden"]
+    section, key = next(iter(unknown or faults))  # a misspelt key is often missing, too
+    same = faults[section, key]
+    place = origin.get((section, key), place)
+    kind = same[0]["type"]
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if kind == "extra_forbidden":
+        if key is None:
+            known = Config.model_fields
+        elif section == "schedule":
+            known = _SCHEDULES[table[section]["name"]].model_fields
+        else:
+            known = Config.model_fields[section].annotation.model_fields
+        return f"{place}: {_unknown(section, key, known)}{more}"
+    if kind in ("missing", "union_tag_not_found"):
+        what = f"[{section}]" if key is None else f"'{key}' in [{section}]"
+        return f"{place}: {what} is missing{more}"
+    if key is None:
+        return f"{place}: {section}: expected a section [{section}], got {same[0]['input']!r}{more}"
+    expected = " or ".join(dict.fromkeys(_EXPECTED.get(e["type"], e["msg"]).format(**e.get("ctx", {})) for e in same))
+    value = same[0]["ctx"]["tag"] if kind == "union_tag_invalid" else same[0]["input"]
+    got = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{place}: '{key}' in [{section}]: expected {expected}, got {got}{more}"
+
+
+def _check_arguments(section, named, functions, place, origin):
+    """Check that `name` is one of `functions` and that every other key is an argument of it."""
+    if named.name not in functions:
+        where, hint = origin.get((section, "name"), place), nearest(named.name, functions)
+        raise GpunetError(f"{where}: 'name' in [{section}]: got '{named.name}'; {hint}known: {', '.join(functions)}")
+    arguments = inspect.signature(functions[named.name]).parameters
+    own = [a for a in arguments if a not in ("input_shape", "classes", "directory")]
+    known = list(dict.fromkeys([*type(named).model_fields, *own]))
+    for key in named.model_extra:
+        if key not in known:
+            raise GpunetError(f"{origin.get((section, key), place)}: {_unknown(section, key, known)}")
+
+
+def _unknown(section, key, known):
+    """Return what to say of a section (key None), or of a key in one, that does not exist."""
+    what = f"unknown section [{section}]" if key is None else f"unknown key '{key}' in [{section}]"
+    return f"{what}; {nearest(key or section, known)}known: {', '.join(known)}"
+
+
+def nearest(wrong, known):
+    """Return "did you mean 'x'? " for the nearest of the known names, or nothing."""
+    close = get_close_matches(str(wrong), known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'? " if close else ""

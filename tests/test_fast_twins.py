@@ -1,0 +1,525 @@
+"""Fast twins against their definitions: every case, sizes of several blocks and tails, a replay after a replay."""
+
+import importlib
+import inspect
+import tracemalloc
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import gpunet.backends.numpy
+from gpunet.backends.numpy.scratch import ALIGN, BLOCK, ColumnSums, RepeatedRow, Scratch
+from gpunet.core.state import STATE
+from gpunet.errors import GpunetError
+from gpunet.testing.cases import CASES, SIZES, blank, positive, random, state
+from gpunet.testing.tolerance import assert_close
+
+FOLDER = Path(gpunet.backends.numpy.__file__).parent
+FAST = {
+    name: function
+    for path in sorted(FOLDER.glob("fast_*.py"))
+    for name, function in vars(importlib.import_module(f"gpunet.backends.numpy.{path.stem}")).items()
+    if inspect.isfunction(function) and name[0] != "_" and function.__module__.endswith(f".{path.stem}")
+}
+LARGE = {}
+COPIES = ("concat_forward", "concat_backward", "gradient_norm", "sgd_update", "unfold")
+
+
+def definition(name):
+    stem = FAST[name].__module__.rsplit(".", 1)[1].removeprefix("fast_")
+    return getattr(importlib.import_module(f"gpunet.backends.numpy.{stem}"), name)
+
+
+def aligned(value):
+    """A copy at the start of a cache line, as in an arena."""
+    if not isinstance(value, np.ndarray) or value.dtype == STATE:
+        return value
+    copy = Scratch(value.nbytes)(value.shape, value.dtype)
+    copy[...] = value
+    return copy
+
+
+def bound(name, arguments):
+    """Return (the call or None, copies of the arguments that it works on, its scratch)."""
+    copies, scratch = {k: aligned(v) for k, v in arguments.items()}, Scratch()
+    return FAST[name](**copies, scratch=scratch), copies, scratch
+
+
+def hold(name, arguments):
+    """Compare after two replays of each: neither what scratch held before nor the last replay may show."""
+    call, quick, scratch = bound(name, arguments)
+    if call is None:
+        return False
+    slow = {k: aligned(v) for k, v in arguments.items()}
+    for garbage in (0xFF, 0x01):  # NaN, then denormals
+        scratch._buffer[:] = garbage
+        definition(name)(**slow)
+        call()
+        for argument, value in slow.items():
+            if isinstance(value, np.ndarray):
+                assert_close(f"{name}: {argument}", quick[argument], value, value.dtype)
+    return True
+
+
+def large(*names):
+    """Enter a function(rng, dtype) that yields arguments of these kernels for several blocks and a tail."""
+
+    def enter(function):
+        LARGE.update({name: (function, name) for name in names})
+        return function
+
+    return enter
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", sorted(FAST))
+def test_every_case(name, dtype):
+    for size in range(SIZES):
+        arguments = CASES[name](np.random.default_rng(size), size, np.dtype(dtype), np.dtype(dtype))
+        flat = {k: v.reshape(-1) if isinstance(v, np.ndarray) and v.shape else v for k, v in arguments.items()}
+        hold(name, arguments)
+        hold(name, flat)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", sorted(FAST))
+def test_several_blocks_and_a_tail(name, dtype):
+    function, kernel = LARGE[name]
+    covered = [hold(name, a) for a in function(np.random.default_rng(1), np.dtype(dtype), kernel)]
+    assert all(covered) or (name.startswith("gelu") and dtype == "float64")
+
+
+@pytest.mark.parametrize("name", sorted(FAST))
+def test_a_replay_allocates_no_block(name):
+    function, kernel = LARGE[name]
+    for arguments in function(np.random.default_rng(1), np.dtype("float32"), kernel):
+        call, _, _ = bound(name, arguments)
+        call()
+        tracemalloc.start()
+        call()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 18
+
+
+@pytest.mark.parametrize("real", [np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)])
+@pytest.mark.parametrize("name", sorted(FAST))
+def test_other_types_are_left_to_the_definition(name, real):
+    """Unless the work is a copy, whatever the type, or has no storage type in it."""
+    arguments = CASES[name](np.random.default_rng(0), 5, real, np.dtype("float32"))
+    assert not hold(name, arguments) or name in COPIES
+
+
+def test_parameters_are_the_definitions():
+    for name, function in FAST.items():
+        *names, last = inspect.signature(function).parameters.values()
+        assert [p.name for p in names] == list(inspect.signature(definition(name)).parameters), name
+        assert (last.name, last.kind) == ("scratch", last.KEYWORD_ONLY), name
+
+
+def test_every_fast_twin_has_large_arguments():
+    assert LARGE.keys() == FAST.keys()
+
+
+# Convolution: images, groups, and a window that hangs over every edge
+
+
+@large("unfold", "fold")
+def _columns(rng, dtype, name):
+    for groups, stride, dilation in ((1, 1, 1), (3, 2, 1), (2, 1, 2)):
+        n, h, w, c, kh, kw, pad = 7, 33, 31, 12, 3, 5, 2
+        oh, ow = ((s + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for s, k in ((h, kh), (w, kw)))
+        shapes = {"x": (n, h, w, c), "columns": (groups, n * oh * ow, kh * kw * c // groups)}
+        given = "x" if name == "unfold" else "columns"
+        arrays = {k: random(rng, s, dtype) if k == given else blank(s, dtype) for k, s in shapes.items()}
+        sizes = dict(n=n, h=h, w=w, c=c, oh=oh, ow=ow, kh=kh, kw=kw, stride_y=stride, stride_x=stride)
+        sizes |= dict(pad_y=pad, pad_x=pad, dilation_y=dilation, dilation_x=dilation, groups=groups)
+        yield {k: arrays[k] for k in sorted(arrays, key=lambda k: k != given)} | sizes
+
+
+# Activation and elementwise: 2.5 and 3 blocks of float32 and some elements
+
+N = BLOCK // 4 * 5 // 2 + 7
+
+
+@large("relu_forward", "sigmoid_forward", "tanh_forward", "gelu_forward", "silu_forward")
+def _activation_forward(rng, dtype, name):
+    x = random(rng, N, dtype, 3)
+    x[:6] = 90, -90, 800, -800, -0.0, 0
+    yield {"x": x, "y": blank(N, dtype), "n": N}
+
+
+@large("relu_backward", "sigmoid_backward", "tanh_backward")
+def _activation_backward(rng, dtype, name):
+    yield {"dy": random(rng, N, dtype), "y": random(rng, N, dtype), "dx": blank(N, dtype), "n": N}
+
+
+@large("gelu_backward", "silu_backward")
+def _activation_backward_from_x(rng, dtype, name):
+    yield {"dy": random(rng, N, dtype), "x": random(rng, N, dtype, 3), "dx": blank(N, dtype), "n": N}
+
+
+@large("leaky_relu_forward")
+def _leaky_forward(rng, dtype, name):
+    yield {"x": random(rng, N, dtype), "y": blank(N, dtype), "slope": 0.1, "n": N}
+
+
+@large("leaky_relu_backward")
+def _leaky_backward(rng, dtype, name):
+    yield {"dy": random(rng, N, dtype), "y": random(rng, N, dtype), "dx": blank(N, dtype), "slope": 0.1, "n": N}
+
+
+@large("add_forward")
+def _add(rng, dtype, name):
+    yield {"a": random(rng, N, dtype), "b": random(rng, N, dtype), "y": blank(N, dtype), "n": N}
+
+
+@large("concat_forward", "concat_backward")
+def _concat(rng, dtype, name):
+    for c, width, offset in ((3, 7, 2), (64, 128, 64)):
+        wide, narrow = random(rng, (500, width), dtype), random(rng, (500, c), dtype)
+        names = ("x", "y") if name == "concat_forward" else ("dy", "dx")
+        arrays = dict(zip(names, (narrow, wide) if name == "concat_forward" else (wide, narrow), strict=True))
+        yield {**arrays, "rows": 500, "c": c, "width": width, "offset": offset}
+
+
+MATRICES = [(3001, 31), (1000, 100), (4099, 16), (700, 513)]  # lines of 16, 5, 32 and one row, with a rest
+
+
+@large("bias_forward")
+def _bias(rng, dtype, name):
+    for rows, c in MATRICES:
+        yield {"b": random(rng, c, dtype), "y": random(rng, (rows, c), dtype), "rows": rows, "c": c}
+
+
+@large("column_sum")
+def _column_sum(rng, dtype, name):
+    for rows, c in MATRICES:
+        for parts in (1, 3):
+            x = random(rng, (rows, c), dtype, 0.1)
+            yield {"x": x, "sums": blank((parts, c), dtype), "rows": rows, "c": c, "parts": parts}
+
+
+# Batch normalisation
+
+
+@large("batchnorm_moments")
+def _moments(rng, dtype, name):
+    for rows, c in MATRICES:
+        for parts in (1, 3):
+            x = random(rng, (rows, c), dtype) * dtype.type(0.1) + random(rng, c, dtype)
+            yield {"x": x, "moments": blank((parts, 3, c), dtype), "rows": rows, "c": c, "parts": parts}
+
+
+@large("batchnorm_forward")
+def _normalise(rng, dtype, name):
+    for rows, c in MATRICES:
+        yield {
+            "x": random(rng, (rows, c), dtype),
+            "mean": random(rng, c, dtype),
+            "inverse": positive(rng, c, dtype),
+            "gamma": positive(rng, c, dtype),
+            "beta": random(rng, c, dtype),
+            "y": blank((rows, c), dtype),
+            "rows": rows,
+            "c": c,
+        }
+
+
+@large("batchnorm_backward_sums")
+def _backward_sums(rng, dtype, name):
+    for rows, c in MATRICES:
+        for parts in (1, 3):
+            yield {
+                "dy": random(rng, (rows, c), dtype, 0.1),
+                "x": random(rng, (rows, c), dtype),
+                "mean": random(rng, c, dtype),
+                "inverse": positive(rng, c, dtype),
+                "sums": blank((parts, 2, c), dtype),
+                "rows": rows,
+                "c": c,
+                "parts": parts,
+            }
+
+
+@large("batchnorm_backward")
+def _backward(rng, dtype, name):
+    for rows, c in MATRICES:
+        yield {
+            "dy": random(rng, (rows, c), dtype),
+            "x": random(rng, (rows, c), dtype),
+            "mean": random(rng, c, dtype),
+            "inverse": positive(rng, c, dtype),
+            "gamma": positive(rng, c, dtype),
+            "sums": random(rng, (2, c), dtype, 100),
+            "dx": blank((rows, c), dtype),
+            "total": 2 * rows,
+            "rows": rows,
+            "c": c,
+        }
+
+
+@pytest.mark.parametrize("mean", [0, 30, 1000])
+def test_moments_of_a_large_mean_do_not_cancel(mean):
+    """float32 knows x to 1e-7 of itself: so good is the variance of what is stored."""
+    x = (np.random.default_rng(0).normal(mean, 1, (40000, 16))).astype(np.float32)
+    moments = np.empty((1, 3, 16), np.float32)
+    call, copies, _ = bound("batchnorm_moments", {"x": x, "moments": moments, "rows": 40000, "c": 16, "parts": 1})
+    call()
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(copies["moments"][0, 1], exact.mean(0), rtol=2e-7, atol=1e-7)
+    np.testing.assert_allclose(copies["moments"][0, 2], exact.var(0) * 40000, rtol=2e-6)
+
+
+def test_moments_where_the_first_block_is_unlike_the_rest():
+    """The worst for moments about a pilot: it lies far from the mean."""
+    x = np.random.default_rng(0).normal(0, 1, (80000, 16)).astype(np.float32)
+    x[:2048] += 100
+    arguments = {"x": x, "moments": np.empty((1, 3, 16), np.float32), "rows": 80000, "c": 16, "parts": 1}
+    call, copies, _ = bound("batchnorm_moments", arguments)
+    call()
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(copies["moments"][0, 2], exact.var(0) * 80000, rtol=2e-5)
+
+
+# Pooling: n, h, w, c, oh, ow, kh, kw, stride_y, stride_x, pad_y, pad_x
+
+POOLS = [
+    (5, 16, 16, 32, 8, 8, 2, 2, 2, 2, 0, 0),  # nothing overlaps
+    (9, 15, 13, 24, 7, 6, 2, 2, 2, 2, 0, 0),  # the last row and column are in no window
+    (7, 16, 16, 16, 8, 8, 3, 3, 2, 2, 0, 0),  # Caffe's: hangs over the edge
+    (3, 15, 17, 16, 8, 9, 3, 3, 2, 2, 1, 1),
+    (2, 12, 11, 8, 12, 11, 3, 3, 1, 1, 1, 1),
+    (2, 9, 14, 3, 3, 5, 2, 2, 3, 3, 0, 0),  # gaps
+    (2, 9, 9, 4, 4, 9, 3, 1, 2, 1, 0, 0),
+    (2, 9, 9, 4, 9, 5, 1, 3, 1, 2, 0, 1),
+    (1, 130, 70, 16, 65, 35, 3, 3, 2, 2, 1, 1),  # bands of one image
+    (1, 128, 128, 16, 64, 64, 2, 2, 2, 2, 0, 0),
+    (1, 90, 90, 24, 89, 90, 4, 3, 1, 1, 1, 1),
+    (20, 8, 8, 16, 1, 1, 8, 8, 8, 8, 0, 0),
+    (20, 7, 7, 16, 2, 2, 5, 5, 3, 3, 1, 1),
+]
+SIZE_NAMES = ("n", "h", "w", "c", "oh", "ow", "kh", "kw", "stride_y", "stride_x", "pad_y", "pad_x")
+
+
+@large("maxpool_forward", "maxpool_backward", "avgpool_forward", "avgpool_backward")
+def _pool(rng, dtype, name):
+    for size in POOLS:
+        n, h, w, c, oh, ow, *_ = size
+        sizes = dict(zip(SIZE_NAMES, size, strict=True))
+        x = np.round(random(rng, (n, h, w, c), dtype), 1)  # ties
+        y, dy, dx = blank((n, oh, ow, c), dtype), random(rng, (n, oh, ow, c), dtype), blank(x.shape, dtype)
+        index = blank(y.shape, np.uint8)
+        if name == "maxpool_forward":
+            yield {"x": x, "y": y, "index": index, **sizes}
+        elif name == "maxpool_backward":
+            definition("maxpool_forward")(x, y, index, *size)
+            yield {"dy": dy, "index": index, "dx": dx, **sizes}
+        else:
+            arrays = {"x": x, "y": y} if name == "avgpool_forward" else {"dy": dy, "dx": dx}
+            for include_pad in (0, 1):
+                yield {**arrays, **sizes, "include_pad": include_pad}
+
+
+@large("global_average_forward")
+def _global_forward(rng, dtype, name):
+    x = random(rng, (7, 49, 130), dtype)
+    yield {"x": x, "y": blank((7, 130), dtype), "n": 7, "pixels": 49, "c": 130}
+
+
+@large("global_average_backward")
+def _global_backward(rng, dtype, name):
+    dy = random(rng, (7, 130), dtype)
+    yield {"dy": dy, "dx": blank((7, 49, 130), dtype), "n": 7, "pixels": 49, "c": 130}
+
+
+# Dropout, optimizer
+
+
+@large("dropout_apply")
+def _dropout(rng, dtype, name):
+    for first in (0, 5, 16, 99991):
+        for threshold in (0, 6554, 65535):
+            yield {
+                "x": random(rng, N, dtype),
+                "y": blank(N, dtype),
+                "state": state(batch=12345),
+                "seed": 2**63 + 5,
+                "site": 2**32 - 1,
+                "threshold": threshold,
+                "scale": 1.25,
+                "first": first,
+                "n": N,
+            }
+
+
+@large("gradient_norm")
+def _norm(rng, dtype, name):
+    n = 256 * 201
+    for parts in (1, 3):
+        for last in (0, 1e30, np.inf, np.nan):
+            g = random(rng, n, dtype, 1e-2)
+            g[-1] = last
+            yield {"g": g, "norms": blank(parts, np.float64), "n": n, "parts": parts}
+
+
+@large("sgd_update")
+def _sgd(rng, dtype, name):
+    blocks, rows, steps = 203, 9, 5
+    n = blocks * 256
+    for variant in range(8):
+        now = state(update=[2, 9][variant % 2], apply=int(variant != 7), gradient_scale=0.02)
+        now["lr_scale"][1] = 0.5
+        yield {
+            "w": random(rng, n, dtype),
+            "g": random(rng, n, dtype),
+            "velocity": random(rng, n, dtype),
+            "table": np.sort(rng.integers(0, rows, blocks)).astype(np.int32),
+            "rate": positive(rng, rows, dtype),
+            "decay": positive(rng, rows, dtype),
+            "group": rng.integers(0, 2, rows).astype(np.int32),
+            "rates": positive(rng, steps, dtype),
+            "state": now,
+            "momentum": 0.9,
+            "nesterov": variant >> 1 & 1,
+            "caffe": variant >> 2,
+            "rows": rows,
+            "steps": steps,
+            "n": n,
+        }
+
+
+def test_an_update_reads_the_table_and_the_schedule_at_each_replay():
+    (arguments, *_) = _sgd(np.random.default_rng(0), np.dtype("float32"), "sgd_update")
+    call, quick, _ = bound("sgd_update", arguments)
+    slow = {k: aligned(v) for k, v in arguments.items()}
+    call()
+    definition("sgd_update")(**slow)
+    for a in (quick, slow):
+        a["table"][:] = a["table"][::-1].copy()
+        a["rates"][2] = 7
+        a["decay"][:] = 0.5
+        a["group"][:] = 1
+    call()
+    definition("sgd_update")(**slow)
+    assert_close("w", quick["w"], slow["w"], np.float32)
+
+
+# Augmentation
+
+CROPS = [  # flip, pad, reflect, mean image, oh - h
+    (1, 4, 0, False, 0),
+    (1, 4, 1, False, 0),
+    (0, 0, 0, False, 0),
+    (0, 0, 0, True, 0),
+    (1, 4, 0, True, 0),
+    (1, 4, 1, True, 0),
+    (1, 1, 0, False, -3),
+    (0, 12, 0, False, 0),
+]
+
+
+@large("batch_crop_flip")
+def _crop_flip(rng, dtype, name):
+    h, w, c, n, count = 16, 12, 3, 150, 400
+    for i, (flip, pad, reflect, mean_image, more) in enumerate(CROPS):
+        channels = h * w * c if mean_image else c
+        now = state(batch=13, epoch=6)  # the second of two: 200 .. 400, of which 380 are there
+        images = rng.integers(0, 256, (count, h, w, c))
+        yield {
+            "images": images.astype([np.uint8, np.float32][i % 2]),
+            "order": rng.permutation(count)[:380].astype(np.int32),
+            "state": now,
+            "mean": rng.uniform(90, 140, channels).astype(dtype),
+            "scale": rng.uniform(0.01, 0.02, channels).astype(dtype),
+            "x": blank((n, h + more, w + more, c), dtype),
+            "seed": 7,
+            "flip": flip,
+            "pad": pad,
+            "reflect": reflect,
+            "batch": 200,
+            "batches": 2,
+            "first": [0, 50][i % 2],
+            "places": 380,
+            "set": count,
+            "channels": channels,
+            **{"n": n, "h": h, "w": w, "c": c, "oh": h + more, "ow": w + more},
+        }
+
+
+def test_a_batch_changes_with_the_state():
+    (arguments, *_) = _crop_flip(np.random.default_rng(0), np.dtype("float32"), "batch_crop_flip")
+    call, quick, _ = bound("batch_crop_flip", arguments)
+    slow = {k: aligned(v) for k, v in arguments.items()}
+    for batch, epoch in ((0, 0), (5, 2), (7, 3)):  # the last of them ends past the places
+        quick["state"]["batch"], quick["state"]["epoch"] = batch, epoch
+        call()
+        definition("batch_crop_flip")(**slow)
+        assert_close("x", quick["x"], slow["x"], np.float32)
+
+
+# Scratch
+
+
+def test_scratch_hands_out_aligned_views_that_do_not_overlap():
+    scratch = Scratch(1000)
+    first, second = scratch((3, 5), np.float32), scratch((7,), np.float64)
+    assert first.shape == (3, 5) and second.dtype == np.float64
+    assert all(v.ctypes.data % ALIGN == 0 for v in (first, second))
+    assert not np.shares_memory(first, second)
+    scratch.reset()
+    assert np.shares_memory(first, scratch((1,), np.uint8))
+
+
+def test_scratch_that_is_exceeded_says_how_much_there_is():
+    scratch = Scratch(1000)
+    scratch((900,), np.uint8)
+    with pytest.raises(GpunetError, match=r"scratch: expected at most 1000 bytes, got .* with shape \(200,\)"):
+        scratch((200,), np.uint8)
+
+
+@pytest.mark.parametrize("c", [4096, 1 << 16, 1 << 20])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_wide_rows_fit_or_are_left_to_the_definition(dtype, c):
+    """No size may fail at binding."""
+    x, line, pair = np.zeros((3, c), dtype), np.ones(c, dtype), np.zeros((1, 2, c), dtype)
+    moments = np.zeros((1, 3, c), dtype)
+    scratch = Scratch()
+    for name, arguments in {
+        "batchnorm_moments": (x, moments, 3, c, 1),
+        "batchnorm_forward": (x, line, line, line, line, x, 3, c),
+        "batchnorm_backward_sums": (x, x, line, line, pair, 3, c, 1),
+        "batchnorm_backward": (x, x, line, line, line, pair, x, 3, 3, c),
+        "bias_forward": (line, x, 3, c),
+        "column_sum": (x, line, 3, c, 1),
+        "maxpool_forward": (x, line, line.astype(np.uint8), 1, 3, 1, c, 1, 1, 3, 1, 1, 1, 0, 0),
+        "maxpool_backward": (line, line.astype(np.uint8), x, 1, 3, 1, c, 1, 1, 3, 1, 1, 1, 0, 0),
+        "avgpool_forward": (x, line, 1, 3, 1, c, 1, 1, 3, 1, 1, 1, 0, 0, 1),
+        "avgpool_backward": (line, x, 1, 3, 1, c, 1, 1, 3, 1, 1, 1, 0, 0, 1),
+        "global_average_backward": (line, x, 1, 3, c),
+    }.items():
+        scratch.reset()
+        call = FAST[name](*arguments, scratch=scratch)
+        assert call or (c, dtype) != (4096, np.float32) or name == "column_sum"  # too small to gain
+        if call:
+            call()
+
+
+def test_a_repeated_row_is_whole_rows():
+    for c in (1, 3, 512, 700, 40000):
+        row = RepeatedRow(Scratch(), c, np.empty((1 << 20,), np.float32))
+        row.fill(np.arange(c))
+        assert row.flat.size >= c and (row.flat.reshape(-1, c) == np.arange(c, dtype=np.float32)).all()
+
+
+def test_column_sums_touch_every_row_once():
+    for rows, c, parts in ((1, 1, 1), (10, 3, 3), (40001, 5, 2), (300, 700, 7), (64 * 64 * 70, 1, 1)):
+        sums = ColumnSums(Scratch(), np.empty((rows, c), np.float32), rows, c, parts, 1)
+        seen = np.zeros(rows, int)
+        for entries, _ in sums.groups:
+            for start, stop, shape, ones, _ in entries:
+                seen[start:stop] += 1
+                assert shape[0] == ones.size and np.prod(shape) == (stop - start) * c
+        assert (seen == 1).all()

@@ -1,0 +1,138 @@
+"""Checkpoints: what goes in comes out, a bad file is one clear error, and a fault while writing costs nothing."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from gpunet import nn
+from gpunet.core.step import Step
+from gpunet.errors import GpunetError
+from gpunet.nn import LOSSES
+from gpunet.optim import SGD
+from gpunet.train import checkpoint as module
+from gpunet.train.checkpoint import Checkpoint
+
+
+def network(width=4, name="fc"):
+    image = nn.Input((4, 4, 2))
+    layers = nn.Sequential(
+        nn.Conv2d(width, 3, name="conv"), nn.BatchNorm(name="norm"), nn.Linear(3, name=name), name="net"
+    )
+    return nn.Graph(image, layers(image))
+
+
+def step_of(graph, optimizer=True, seed=0):
+    rule = SGD(0.1, momentum=0.9) if optimizer else None
+    return Step(graph, LOSSES["cross_entropy"](), rule, batch=4, replicas=1, seed=seed)
+
+
+@pytest.fixture
+def trained():
+    """A step after two updates: no state is what it was at first."""
+    step = step_of(network())
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        step.gradient(rng.normal(size=(4, 4, 4, 2)), np.array([0, 1, 2, 0]))
+        step.update()
+    return step
+
+
+@pytest.fixture
+def file(trained, tmp_path):
+    Checkpoint.of(trained, [1.0, 2.0], 0.5, {"config": "text", "classes": ["ä", "b"]}).save(tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def test_what_is_saved_is_restored(trained, file):
+    loaded, other = Checkpoint.load(file), step_of(network(), seed=1)
+    assert (other.weights["net.conv.weight"] != trained.weights["net.conv.weight"]).any()
+    loaded.restore(other)
+    for group in ("weights", "statistics"):
+        for name, array in getattr(trained, group).items():
+            np.testing.assert_array_equal(getattr(other, group)[name], array, err_msg=name)
+    assert np.abs(other.optimizer_state["velocity"]["net.fc.weight"]).max() > 0
+    for name, array in trained.optimizer_state["velocity"].items():
+        np.testing.assert_array_equal(other.optimizer_state["velocity"][name], array, err_msg=name)
+    assert other.state == trained.state
+    assert other.state["update"] == 2
+    assert loaded.about["classes"] == ["ä", "b"]
+    assert loaded.about["config_hash"] == module.digest("text") != module.digest("texts")
+    np.testing.assert_array_equal(loaded.input["mean"], [1, 2])
+    assert loaded.input["scale"] == 0.5
+
+
+def test_a_step_that_only_predicts_takes_weights_alone(trained, file):
+    other = step_of(network(), optimizer=False, seed=1)
+    Checkpoint.load(file).restore(other)
+    x = np.random.default_rng(1).normal(size=(3, 4, 4, 2)).astype(np.float32)
+    np.testing.assert_array_equal(other.predict(x), trained.predict(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: b"", "damaged or none"),
+        (lambda content: content[: len(content) // 2], "damaged or none"),
+        (lambda content: content[:-1], "damaged or none"),
+        (lambda content: b"\xff" * 8 + content[8:], "damaged or none"),
+        (lambda content: b"a picture, say" * 40, "damaged or none"),
+        (lambda content: save({"x": np.zeros(3)}), "a safetensors file of something else"),
+        (lambda content: save({"x": np.zeros(3)}, {"gpunet": "{"}), "a safetensors file of something else"),
+        (lambda content: save({"x": np.zeros(3)}, {"gpunet": "[]"}), "a safetensors file of something else"),
+        (lambda content: content.replace(b'\\"format\\": 1,', b'\\"format\\": 9,'), "this gpunet reads format 1"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_one_clear_error(change, said, file):
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(GpunetError) as caught:
+        Checkpoint.load(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_and_a_folder(tmp_path):
+    with pytest.raises(GpunetError, match=r"none\.safetensors: expected a checkpoint, found no file"):
+        Checkpoint.load(tmp_path / "none.safetensors")
+    with pytest.raises(GpunetError, match="expected a checkpoint"):
+        Checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (network(width=5), r"weights: net\.conv\.weight: expected shape \(3, 3, 2, 5\), got \(3, 3, 2, 4\)"),
+        (
+            network(name="head"),
+            r"weights: expected the network's 6 names; the file has no net\.head\.weight, net\.head\.bias and has "
+            r"net\.fc\.bias, net\.fc\.weight, which the network has not",
+        ),
+    ],
+)
+def test_another_network_is_named_and_stays_as_it_was(graph, said, file):
+    step = step_of(graph)
+    before = step.weights["net.norm.beta"] + 0
+    with pytest.raises(GpunetError, match=rf"a\.safetensors: {said}"):
+        Checkpoint.load(file).restore(step)
+    np.testing.assert_array_equal(step.weights["net.norm.beta"], before)
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_fault_while_writing_leaves_the_old_file(name, trained, file, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = file.read_bytes()
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(GpunetError, match=r"a\.safetensors: cannot be written \([\d,]+ bytes\): No space"):
+        Checkpoint.of(trained, 0, 1, {}).save(file)
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == ["a.safetensors"]
+
+
+def test_nothing_of_a_file_is_unpickled():
+    assert "pickle" not in Path(module.__file__).read_text(encoding="utf-8")
