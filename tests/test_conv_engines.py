@@ -1,4 +1,4 @@
-"""The engines of a convolution: the NumPy engine's blocks against nine straight lines, and engines against each other."""
+"""The engines of a convolution: the NumPy engine's blocks against plain sums, and engines against each other."""
 
 import tracemalloc
 from contextlib import closing

@@ -92,7 +92,8 @@ def test_golden_layer(name, engine, golden):
     x, targets = images_of(name, graph.input_shape), targets_of(name, graph.output_shape[0])
     for dtype, fast, replicas in VARIANTS:
         where = f"{name} {engine} {dtype} fast={fast} replicas={replicas}"
-        with closing(step_of(graph, MeanSquaredError(), dtype=dtype, fast=fast, replicas=replicas, engine=engine)) as step:
+        options = {"dtype": dtype, "fast": fast, "replicas": replicas, "engine": engine}
+        with closing(step_of(graph, MeanSquaredError(), **options)) as step:
             if name in INFERENCE:
                 close(step.predict(x), golden[f"{name}/inference"], dtype, f"{where}: inference")
             step.gradient(x, targets)
@@ -211,8 +212,8 @@ class Shift(Layer):
     """x + a constant tensor, images and all."""
 
     def __init__(self, values):
-        super().__init__("shift")
-        self.parameters["shift"] = Parameter(values.shape, lambda rng, shape: values, trainable=False)
+        super().__init__()
+        self.parameters["shift"] = Parameter(values.shape, lambda rng, shape: values, rate=0.0, trainable=False)
 
     def setup(self, shape):
         return shape
@@ -228,8 +229,10 @@ class Shift(Layer):
 
 def test_check_steps_away_from_kinks():
     x = np.random.default_rng(0).normal(0, 1, (3, 1, 1, 12))  # the batch that the check draws
-    distances = np.array([0, 3e-6, 3e-5, -1e-9, 0.5, -0.5] * 2)
+    distances = np.array([0, 3e-6, 9e-6, 3e-5, -1e-9, 0.5] * 2)
     assert check_gradients(Sequential(Shift(distances - x), ReLU()), (1, 1, 12)) < 1e-6
+    nearly_straight = Sequential(Shift(distances - x), ReLU(), Shift(np.full(x.shape, 1e3)))
+    assert check_gradients(nearly_straight, (1, 1, 12)) < 1e-6
     with pytest.raises(AssertionError, match="^input: the loss has a kink at every element"):
         check_gradients(Sequential(Shift(-x), ReLU()), (1, 1, 12))
 

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -223,6 +224,23 @@ def test_a_step_survives_a_failing_replica(kernel, main, two_blas_threads):
         assert_same(tensors(step), expected)
 
 
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("kernel", ["gradient_finish", "sgd_update", "state_advance"])
+def test_replicas_agree_on_where_they_are_after_a_failed_update(kernel, main):
+    """Some weights may be updated, but no replica is a batch or an update ahead of the others."""
+    backend = Failing(kernel, main)
+    with closing(step_of(3, backend=backend)) as step:
+        step()
+        backend.armed = True
+        with pytest.raises(FloatingPointError, match=f"{kernel} failed"):
+            step()
+        assert step.state["update"] == step.state["batch"] == 1
+        step()
+        step()
+        assert step.state["update"] == step.state["batch"] == 3
+        assert step.metrics()[:, 2].tolist() == [6, 6, 2]
+
+
 def test_an_order_that_was_not_drawn_is_drawn_again():
     backend = Failing("order_draw", True)
     with closing(step_of(2, backend=backend)) as step, closing(step_of(1)) as expected:
@@ -248,7 +266,7 @@ def test_replicas_wait_for_each_other():
     try:
         for _ in range(20):
             log.clear()
-            lists = [[(lambda r=r: log.append(("a", r))), team.wait, (lambda r=r: log.append(("b", r)))] for r in range(3)]
+            lists = [[partial(log.append, ("a", r)), team.wait, partial(log.append, ("b", r))] for r in range(3)]
             lists[2].insert(0, lambda: time.sleep(1e-3))
             team.run(lists)
             assert sorted(log[:3]) == [("a", 0), ("a", 1), ("a", 2)]

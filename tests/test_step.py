@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from collections import defaultdict
 from contextlib import closing
 from pathlib import Path
@@ -381,6 +382,48 @@ def test_exactly_the_planned_bytes_are_allocated(replicas):
         step.losses()
         step.metrics()
         assert sum(b.nbytes for b in spy.blocks) == sum(planned.values()) - adopted
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_scratch_that_is_too_small_is_freed_before_a_larger_one_is_taken(replicas):
+    class Counted(Backend):
+        """Notes how many blocks of scratch are alive when a block of so many bytes is allocated."""
+
+        def __init__(self):
+            super().__init__()
+            self.scratch, self.alive = {}, {}
+
+        def allocate(self, nbytes):
+            self.alive.setdefault(nbytes, sum(ref() is not None for ref in self.scratch.values()))
+            return super().allocate(nbytes)
+
+        def view(self, memory, offset, tensor):
+            if tensor.base.arena is None:
+                self.scratch[id(memory)] = weakref.ref(memory.base)  # the owner: views refer to it, not to each other
+            return super().view(memory, offset, tensor)
+
+    backend = Counted()
+    with closing(step_of(backend=backend, replicas=replicas, keep=("*",))) as step:
+        step.predict(batch_of()[0])
+        assert len(backend.scratch) == replicas
+        step.gradient(*batch_of())
+        assert backend.alive[step.memory()["scratch"] // replicas] == 0
+
+
+def test_a_failed_replay_leaves_nothing_to_read():
+    class Failing(Backend):
+        def bind_call(self, name, views, options, workspace):
+            return fail if name == "conv_backward_weight" else super().bind_call(name, views, options, workspace)
+
+    def fail():
+        raise FloatingPointError("failed")
+
+    with closing(step_of(backend=Failing())) as step:
+        step.predict(batch_of()[0])
+        with pytest.raises(FloatingPointError):
+            step.gradient(*batch_of())
+        with pytest.raises(GpunetError, match="kept by the last replay: nothing"):
+            step.read("prediction")
 
 
 @pytest.mark.parametrize("engine", ["blocked", "unfold"])

@@ -15,16 +15,21 @@ class Parameter:
     """A tensor that outlives a step: a weight, or a running statistic.
 
     `initial(rng, shape)` gives its first value in float64 on the host. A weight's learning rate and decay are
-    multiplied by `rate` and `decay`; a statistic s follows its batch value b by s += rate * (b - s).
+    multiplied by `rate` and `decay`; a statistic s follows its batch value b by s += rate * (b - s). What does not train
+    and is given no rate stays as it is.
     """
 
     shape: tuple[int, ...]
     initial: object
-    rate: float = 1.0
+    rate: float | None = None
     decay: float = 1.0
     group: int = 0
     trainable: bool = True
     name: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        if self.rate is None:
+            self.rate = 1.0 if self.trainable else 0.0
 
     @property
     def size(self):

@@ -58,6 +58,7 @@ class Replay:
 
     def run(self, keys):
         """Replay programs one after another in every replica, in one go."""
+        self._kept = [{}] * self.arenas.replicas  # what it names is about to be overwritten
         for key in keys:
             self.program(key)
         needed = self.scratch_bytes()

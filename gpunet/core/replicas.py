@@ -41,6 +41,7 @@ class Team:
             for idle in self._idle[1:]:
                 self._replay(0, [idle.wait])
                 idle.wait()  # again where Ctrl-C came while it waited
+            self._work = [None] * self.count  # nothing holds on to memory that the calls used
         errors = [e for e in self._errors if e is not None]
         if errors:
             self._errors = [None] * self.count

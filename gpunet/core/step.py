@@ -266,7 +266,10 @@ class Step:
     # Inside: what each program traces. A key is (kind, ...).
 
     def _run(self, keys):
-        """Replay; after a failure every replica is at the batch it was at, and the order is drawn again."""
+        """Replay; after a failure every replica is at the batch it was at, and the order is drawn again.
+
+        A failure within `update` may leave some weights updated: go back to a checkpoint then.
+        """
         before = self.state
         try:
             self._replay.run(keys)

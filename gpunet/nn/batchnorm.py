@@ -21,8 +21,8 @@ class BatchNorm(Layer):
         c = shape[-1:]
         if not self.parameters:
             self.parameters = {
-                "gamma": Parameter(c, init.constant(1), trainable=self.scale, rate=1.0 if self.scale else 0.0),
-                "beta": Parameter(c, init.constant(0), trainable=self.shift, rate=1.0 if self.shift else 0.0),
+                "gamma": Parameter(c, init.constant(1), trainable=self.scale),
+                "beta": Parameter(c, init.constant(0), trainable=self.shift),
                 "mean": Parameter(c, init.constant(0), rate=self.momentum, trainable=False),
                 "variance": Parameter(c, init.constant(1), rate=self.momentum, trainable=False),
             }
