@@ -8,26 +8,22 @@ import json
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
+
+import gpunet
 
 FOLDER = Path(__file__).parent / "results"
 
 
-def machine():
+def machine(*packages):
     """Return what a figure depends on beside the code: processor, cores, versions, day."""
-    versions = {}
-    for package in ("gpunet", "numpy", "torch"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {"gpunet": gpunet.__version__, **{name: version(name) for name in ("numpy", *packages)}},
     }
 
 

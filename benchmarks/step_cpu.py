@@ -174,7 +174,7 @@ def main():
                 for c, t in times.items()
             }
             conditions = {"batch": arguments.batch, "threads": arguments.threads, "others_load": load}
-            store("step_cpu", name, {**machine(), **conditions, "times": rounds})
+            store("step_cpu", name, {**machine("torch"), **conditions, "times": rounds})
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class _Training:
             if not failure and not signals.caught:
                 if self.best is not None:
                     self.run_directory.checkpoint("best").restore(self.step)
-                test = self.trainer.evaluate("test") if self.data.test is not None else None
+                test = self._test()
             result = self._result(f"stopped: {failure}" if failure else signals.status, test)
             write_report(result)
             self.run_directory.close()
@@ -111,6 +111,16 @@ class _Training:
         self.progress.line(result.summary)
         signals.end()
         return result
+
+    def _test(self):
+        """Measure the kept weights on the test split, once; the last line of the metrics says what came out."""
+        if self.data.test is None:
+            return None
+        found = self.trainer.evaluate("test")
+        epoch = self.best["epoch"] if self.best else self.epoch
+        row = {"split": "test", "epoch": epoch, "loss": found.loss, "accuracy": found.accuracy, "count": found.count}
+        self.run_directory.log([row])
+        return found
 
     def _announce(self):
         self.progress.line(f"{self.data}\n{self.config.model.name}: {self.step.graph.size:,} weights")
