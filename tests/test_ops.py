@@ -1,4 +1,4 @@
-"""An op stands in four places: kernel, twin, launching module, case; tests/test_twins.py holds kernel, twin and case."""
+"""An op stands in four places: kernel, twin, launcher, case. tests/test_twins.py holds three, here is the launcher."""
 
 import ast
 from pathlib import Path

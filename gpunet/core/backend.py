@@ -17,6 +17,7 @@ class Backend(Protocol):
 
     name: str
     conv_engine: str
+    workspace_bytes: int  # of one replica, beside the planned arenas
 
     def allocate(self, nbytes):
         """Return zeroed memory of so many bytes; arenas come from here and nothing else is ever allocated."""

@@ -15,8 +15,8 @@ class Parameter:
     """A tensor that outlives a step: a weight, or a running statistic.
 
     `initial(rng, shape)` gives its first value in float64 on the host. A weight's learning rate and decay are
-    multiplied by `rate` and `decay`; a statistic s follows its batch value b by s += rate * (b - s). What does not train
-    and is given no rate stays as it is.
+    multiplied by `rate` and `decay`; a statistic s follows its batch value b by s += rate * (b - s). A constant, which
+    neither trains nor is given a rate, stays as it is.
     """
 
     shape: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 from gpunet.errors import GpunetError
 from gpunet.nn import Add, BatchNorm, Block, Conv2d, GlobalAvgPool, Graph, Input, Linear, MaxPool, ReLU, Sequential
-from gpunet.nn.init import HEAD
+from gpunet.nn.init import HEAD, he
 
 
 def conv_bn_relu(width, stride=1, name=None):
@@ -13,6 +13,14 @@ def conv_bn_relu(width, stride=1, name=None):
         ReLU(name="relu"),
         name=name,
     )
+
+
+def pooled_head(classes):
+    """The last layer over max-pooled features, which are large: as if its logits were divided by 8 (Page 2019).
+
+    A logit's change in an update grows with the square of the features; at the full rate the loss explodes at first.
+    """
+    return Linear(classes, weight_init=he("uniform", 1 / 3 / 64), weight_rate=1 / 64, name="head")
 
 
 class BasicBlock(Block):
@@ -71,4 +79,4 @@ def resnet9(input_shape=(32, 32, 3), classes=10, widths=(64, 128, 256, 512)):
             layers.append(_Residual(width, name="residual"))
         x = Sequential(*layers, name=f"stage{stage}")(x)
     x = MaxPool(tuple(max(1, size // 8) for size in input_shape[:2]), name="pool")(x)
-    return Graph(image, Linear(classes, weight_init=HEAD, name="head")(x))
+    return Graph(image, pooled_head(classes)(x))

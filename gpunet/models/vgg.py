@@ -1,9 +1,8 @@
 """VGG with batch normalisation, its head cut down to one linear layer for small images."""
 
 from gpunet.errors import GpunetError
-from gpunet.models.resnet import conv_bn_relu
-from gpunet.nn import Dropout, Graph, Input, Linear, MaxPool, Sequential
-from gpunet.nn.init import HEAD
+from gpunet.models.resnet import conv_bn_relu, pooled_head
+from gpunet.nn import Dropout, Graph, Input, MaxPool, Sequential
 
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
@@ -18,4 +17,4 @@ def vgg(input_shape=(32, 32, 3), classes=10, depth=11, widths=(64, 128, 256, 512
         x = Sequential(*convs, MaxPool(2, name="pool"), name=f"stage{stage}")(x)
     if dropout:
         x = Dropout(dropout)(x)
-    return Graph(image, Linear(classes, weight_init=HEAD, name="head")(x))
+    return Graph(image, pooled_head(classes)(x))

@@ -8,12 +8,22 @@ from gpunet.nn.graph import Layer, LayerError
 class Linear(Layer):
     """y = x @ weight + bias, weight (in, out); an image of several axes is flattened first."""
 
-    def __init__(self, outputs, bias=True, weight_init=None, bias_init=None, bias_rate=1.0, bias_decay=1.0, name=None):
+    def __init__(
+        self,
+        outputs,
+        bias=True,
+        weight_init=None,
+        bias_init=None,
+        weight_rate=1.0,
+        bias_rate=1.0,
+        bias_decay=1.0,
+        name=None,
+    ):
         super().__init__(name)
         self.outputs = outputs
         self.bias = bias
         self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
-        self._multipliers = bias_rate, bias_decay
+        self._multipliers = weight_rate, bias_rate, bias_decay
 
     def setup(self, shape):
         """(outputs,); the weight's shape follows from the input."""
@@ -21,9 +31,9 @@ class Linear(Layer):
         for s in shape:
             size *= s
         if not self.parameters:
-            self.parameters["weight"] = Parameter((size, self.outputs), self._inits[0])
+            weight_rate, rate, decay = self._multipliers
+            self.parameters["weight"] = Parameter((size, self.outputs), self._inits[0], rate=weight_rate)
             if self.bias:
-                rate, decay = self._multipliers
                 self.parameters["bias"] = Parameter((self.outputs,), self._inits[1], rate=rate, decay=decay)
         expected = self.parameters["weight"].shape[0]
         if size != expected:

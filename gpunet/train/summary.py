@@ -26,6 +26,7 @@ class Plan:
             "gradients": sizes.pop("gradient"),
             "optimizer": sum(sizes.pop(slot) for slot in slots),
             "activations": sizes.pop("scratch") + sizes.pop("input") + sizes.pop("targets"),
+            "workspace": step.replicas * step.backend.workspace_bytes,
             "images": sum(s.images.nbytes + s.targets.nbytes for s in self.data.splits.values()),
         }
         return {**held, "tables": sum(sizes.values())}

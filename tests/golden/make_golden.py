@@ -281,19 +281,18 @@ def torch_resnet8(x, w):
 
 @dataclass
 class Net:
-    """A model's graph, the same network in PyTorch, the learning rate, and its multiplier for biases."""
+    """A model's graph, the same network in PyTorch, the learning rate; parameters' multipliers are the graph's."""
 
     graph: object
     torch: object
     shape: tuple = (32, 32, 3)
     lr: float = 0.02
-    bias_rate: float = 1.0
 
 
 NETS = {
     "resnet9": Net(lambda: resnet9(widths=WIDTHS), torch_resnet9),
     "resnet8": Net(lambda: resnet((15, 17, 3), depth=8), torch_resnet8, (15, 17, 3)),
-    "cifar10_quick": Net(lambda: cifar10_quick(bias_rate=2.0), torch_quick, lr=2e-4, bias_rate=2.0),
+    "cifar10_quick": Net(lambda: cifar10_quick(bias_rate=2.0), torch_quick, lr=2e-4),
 }
 
 
@@ -361,10 +360,8 @@ def train(net, name, graph):
     """Return (losses, weights and statistics) after four steps."""
     w, losses = leaves(graph), []
     groups = [
-        {"params": [v for k, v in w.items() if v.requires_grad and k.endswith("bias") == biases],
-         "lr": net.lr * (net.bias_rate if biases else 1)}
-        for biases in (False, True)
-    ]  # fmt: skip
+        {"params": [w[plain(p.name)]], "lr": net.lr * p.rate} for p in graph.parameters() if p.trainable
+    ]
     optimizer = torch.optim.SGD(groups, lr=net.lr, **SGD)
     for step in range(STEPS):
         x, labels = batch_of(name, step % 2, net.shape)

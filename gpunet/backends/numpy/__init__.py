@@ -21,6 +21,7 @@ class Backend:
 
     name = "numpy"
     conv_engine = "blocked"
+    workspace_bytes = 8 << 20
 
     def __init__(self, fast=True):
         self.fast = fast
@@ -51,7 +52,7 @@ class Backend:
 
     def workspace(self):
         """Return the scratch buffer of one replica."""
-        return Scratch()
+        return Scratch(self.workspace_bytes)
 
     def bind_launch(self, kernel, arguments, workspace):
         """Bind the fast twin where there is one that covers the case, else the definition."""
