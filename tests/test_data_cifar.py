@@ -444,6 +444,10 @@ def test_offline_is_quick_and_falls_back_only_when_told():
     assert d.note.startswith("shapes, a synthetic stand-in for cifar10: ") and "\n" not in d.note
 
 
+def test_a_named_folder_is_not_stood_in_for(tmp_path):
+    refused(lambda: data.load("cifar10", tmp_path, fallback="shapes"), "not found", tmp_path)
+
+
 def test_what_is_there_is_used_in_spite_of_a_fallback(folder):
     assert data.load("cifar10", folder, fallback="shapes", validation=0).name == "cifar10"
     path = sorted(folder.iterdir())[0]

@@ -306,18 +306,20 @@ def test_normalisation(config):
 
 
 def test_rates_and_decays_of_vectors(config):
-    made = config(optimizer={"bias_rate": 2.0, "decay_bias": False})
-    made.model = type(made.model)(name="resnet9", widths=[2, 2, 2, 2])
-    parameters = {p.name: p for p in build_graph(made, (8, 8, 3), 2).parameters()}
-    expected = {"gamma": (1, 0), "beta": (2, 0), "bias": (2, 0), "weight": (1, 1)}
-    seen = set()
-    for name, p in parameters.items():
+    """bias_rate and decay_bias multiply what the model itself says of its parameters."""
+
+    def parameters(**optimizer):
+        made = config(optimizer=optimizer)
+        made.model = type(made.model)(name="resnet9", widths=[2, 2, 2, 2])
+        return {p.name: p for p in build_graph(made, (8, 8, 3), 2).parameters()}
+
+    expected = {"gamma": (1, 0), "beta": (2, 0), "bias": (2, 0), "weight": (1, 1), "mean": (1, 1), "variance": (1, 1)}
+    plain, seen = parameters(), set()
+    for name, p in parameters(bias_rate=2.0, decay_bias=False).items():
         kind = name.split(".")[-1]
-        if p.trainable:
-            assert (p.rate, p.decay) == expected[kind], name
-            seen.add(kind)
-        else:
-            assert p.rate == 0.1, name  # a statistic's momentum
+        rate, decay = expected[kind]
+        assert (p.rate, p.decay) == (rate * plain[name].rate, decay * plain[name].decay), name
+        seen.add(kind)
     assert seen == set(expected)
 
 

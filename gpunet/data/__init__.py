@@ -53,7 +53,7 @@ def load(name, directory=None, validation=0.1, seed=0, fallback=None, *, limit=N
     `validation` images (a count, or a share below 1) are held out from train, drawn by class and `seed`; a folder's own
     validation/ is taken instead. test is never looked at. limit: keep this many of the remaining training images.
     fallback="shapes" stands in for a set that is neither here nor to be fetched, with at most a tenth held out; `note`
-    then says why.
+    then says why. Where a directory was given, that is an error all the same.
     """
     if name not in LOADERS:
         raise GpunetError(f"data: name: expected {', '.join(LOADERS)}, got {name!r}")
@@ -63,7 +63,7 @@ def load(name, directory=None, validation=0.1, seed=0, fallback=None, *, limit=N
     try:
         dataset = _load(name, directory, seed, options)
     except DataNotFound as error:
-        if fallback is None:
+        if fallback is None or directory is not None:  # a folder that was named is not stood in for
             raise
         dataset = load_shapes(seed=seed)
         dataset = replace(dataset, note=f"shapes, a synthetic stand-in for {name}: {error}")
