@@ -22,6 +22,7 @@ setup(
         "numpy>=2",
         "pillow>=10.1",
         "tqdm",
+        "annotated-types",
         "pydantic>=2",
         "typer",
         "safetensors",

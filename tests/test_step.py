@@ -243,10 +243,15 @@ def test_predict_pads_the_last_batch():
         assert step.predict(x[:0]).shape == (0, 3)
 
 
-def test_predict_takes_pixels_as_the_source_does():
+def test_pixels_are_taken_as_the_source_does():
     with closing(step_of(source=source())) as step:
         pixels = split().images
         np.testing.assert_array_equal(step.predict(pixels), step.predict((pixels - 100.0) * 0.02))
+        losses = []
+        for x in (pixels[:2], (pixels[:2] - 100.0) * 0.02):
+            step.gradient(x, np.array([0, 1]))
+            losses.append(step.losses()["loss"])
+        assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])

@@ -80,8 +80,10 @@ def test_a_trainer_trains_once(config):
 
 def test_metrics_has_a_row_an_update_and_one_a_measurement(config):
     result = Trainer(config(schedule={"name": "cosine"}, train={"evaluate_every": 2}), data=easy()).fit()
-    rows = result.run.metrics()
+    *rows, last = result.run.metrics()
     assert rows == result.rows
+    test = result.test
+    assert last == {"split": "test", "epoch": 3, "loss": test.loss, "accuracy": test.accuracy, "count": 20}
     updates = [r for r in rows if r["split"] == "train"]
     assert [r["update"] for r in updates] == list(range(15))
     assert [r["count"] for r in updates] == [20, 20, 20, 20, 10] * 3  # the tail counts what it has

@@ -81,13 +81,14 @@ class Step:
     def gradient(self, x=None, y=None, *, accumulate=False):
         """Compute loss and gradients of x (n, h, w, c) and y, labels (n,) or targets (n, k), or of the next batch.
 
-        Changes no weight, statistic or counter. accumulate: add to the gradients that are there.
+        x: floats as the network takes them, or uint8 pixels of the source. accumulate: add to the gradients that are
+        there. No weight, statistic or counter changes.
         """
         if x is None:
             self._run(self._next_gradient(accumulate))
             return
         x, y = self._check_inputs(np.asarray(x), np.asarray(y))
-        self._scatter("input", x)
+        self._scatter("input", self._normalised(x))
         self._scatter("targets", y)
         self._replay.run([("gradient", len(x), bool(accumulate), True)])
 
@@ -108,9 +109,7 @@ class Step:
         output = np.empty((len(x), *self.graph.output_shape), self.types.real)
         fixed = np.zeros((self.batch, *x.shape[1:]), self.types.real)
         for start in range(0, len(x), self.batch):
-            part = x[start : start + self.batch]
-            if x.dtype == np.uint8 and self.source is not None:
-                part = self.source.normalise(part)
+            part = self._normalised(x[start : start + self.batch])
             fixed[: len(part)] = part
             self._scatter("input", fixed)
             self._replay.run([("predict",)])
@@ -246,6 +245,10 @@ class Step:
             share = Share.of(len(values), r, active)
             view = self._arenas.view(arena, r)
             self.backend.upload(view[: share.size], values[share.first : share.first + share.size])
+
+    def _normalised(self, x):
+        """Return images as the network takes them: uint8 pixels as the source's would be, floats as they are."""
+        return self.source.normalise(x) if x.dtype == np.uint8 and self.source is not None else x
 
     def _check_inputs(self, x, y):
         """Return (x, dense targets); labels become one-hot rows."""

@@ -53,8 +53,8 @@ def plot_curves(path, title, note, rows):
 
 
 def _trained(ax, x, y):
-    """Draw single updates faintly and their mean over the last half epoch; return the highest mean."""
-    window = max(1, np.count_nonzero(x <= 0.5))
+    """Draw single updates faintly and their mean over the last tenth of an epoch; return the highest mean."""
+    window = max(5, np.count_nonzero(x <= 0.1))
     total, number = np.cumsum(np.insert(y, 0, 0.0)), np.arange(1, len(y) + 1)
     start = np.maximum(number - window, 0)
     mean = (total[number] - total[start]) / (number - start)

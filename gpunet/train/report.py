@@ -61,7 +61,9 @@ def write_report(result):
     """Write curves.png and report.md into the run directory."""
     path = result.run.path
     if result.rows:
-        plot_curves(path / "curves.png", _title(result), result.data.note, result.rows)
+        smoothing = result.config.loss.smoothing
+        notes = [result.data.note, f"training loss against labels smoothed by {smoothing:g}" if smoothing else ""]
+        plot_curves(path / "curves.png", _title(result), "; ".join(n for n in notes if n), result.rows)
     write_whole(path / "report.md", _report(result).encode())
 
 
