@@ -1,5 +1,7 @@
 """Layers that join or reshape: Add, Concat, Flatten."""
 
+import math
+
 from gpunet.nn.graph import Layer, LayerError
 
 
@@ -60,10 +62,7 @@ class Flatten(Layer):
 
     def setup(self, shape):
         """(values,)."""
-        size = 1
-        for s in shape:
-            size *= s
-        return (size,)
+        return (math.prod(shape),)
 
     def forward(self, t, x):
         """A view."""

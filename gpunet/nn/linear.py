@@ -1,5 +1,7 @@
 """The fully connected layer."""
 
+import math
+
 from gpunet.core.params import Parameter
 from gpunet.nn import init
 from gpunet.nn.graph import Layer, LayerError
@@ -27,9 +29,7 @@ class Linear(Layer):
 
     def setup(self, shape):
         """(outputs,); the weight's shape follows from the input."""
-        size = 1
-        for s in shape:
-            size *= s
+        size = math.prod(shape)
         if not self.parameters:
             weight_rate, rate, decay = self._multipliers
             self.parameters["weight"] = Parameter((size, self.outputs), self._inits[0], rate=weight_rate)

@@ -7,6 +7,7 @@ Each function is called once with the real arrays, lays out its blocks and retur
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from gpunet.backends.numpy.scratch import runner
 from gpunet.backends.numpy.values import reached
 
 COLUMNS = 1 << 20  # bytes of patches a block
@@ -55,7 +56,7 @@ def conv_backward_weight(x, dy, gradient, *, geometry, accumulate, scratch):
             else:
                 some = product[: len(target)]
                 steps += [(np.matmul, a, part, some), (np.add, target, some, target)]
-    return _runner(begin, steps)
+    return _replayed(begin, steps)
 
 
 def _multiply(g, x, matrix, out, finish, scratch):
@@ -70,21 +71,12 @@ def _multiply(g, x, matrix, out, finish, scratch):
         steps += [*fills, (np.matmul, columns, matrix, part)]
         if finish:
             steps += finish[1](part)
-    return _runner([*begin, *(finish[0] if finish else [])], steps)
+    return _replayed([*begin, *(finish[0] if finish else [])], steps)
 
 
-def _runner(begin, steps):
-    """Return the call that runs `begin`, pairs (target, source) to copy, then steps (ufunc, a, b, out)."""
-    steps = [(np.copyto, *c, None) for c in begin] + steps
-
-    def run():
-        for operation, a, b, out in steps:
-            if out is None:
-                operation(a, b)
-            else:
-                operation(a, b, out)
-
-    return run
+def _replayed(begin, steps):
+    """Return the call that copies the pairs (target, source) of `begin`, then runs steps."""
+    return runner([(np.copyto, *pair, None) for pair in begin] + steps)
 
 
 def _blocks(g, x, scratch, columns_bytes):
@@ -184,4 +176,4 @@ def _folded(g, dy, weight, dx, scratch):
                     pixels = target[:, to_y, to_x]
                     if pixels.size:
                         steps.append((np.add, pixels, products[:, ys, xs, ky, kx], pixels))
-    return _runner([], steps)
+    return _replayed([], steps)

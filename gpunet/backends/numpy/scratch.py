@@ -68,6 +68,19 @@ def blocks(arrays, temporaries, size):
         yield (*pieces, *(t[: pieces[0].size] for t in temporaries))
 
 
+def runner(steps):
+    """Return the call that runs steps (ufunc, a, b, out) and (np.copyto, target, source, None)."""
+
+    def run():
+        for operation, a, b, out in steps:
+            if out is None:
+                operation(a, b)
+            else:
+                operation(a, b, out=out)  # np.maximum takes no third argument by place
+
+    return run
+
+
 class RepeatedRow:
     """A row of c elements repeated to a flat vector, a block of x, so that a ufunc needs no broadcast.
 
