@@ -32,3 +32,18 @@ def assert_close(name, got, expected, dtype):
             f"{name}: {wrong.sum()} of {wrong.size} elements differ, the first at {first}: "
             f"expected {expected[first]!r}, got {got[first]!r}"
         )
+
+
+def largest_error(got, expected):
+    """Return the largest |got - expected| / (1 + |expected|); 0 for equal integers, infinite where they differ."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    if expected.dtype.names:
+        return max(largest_error(got[field], expected[field]) for field in expected.dtype.names)
+    if not expected.size:
+        return 0.0
+    if expected.dtype.kind in "iub":
+        return 0.0 if (got == expected).all() else np.inf
+    a, b = got.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b) / (1 + np.abs(b)))
+    return float(np.where(np.isnan(error), np.inf, error).max())
