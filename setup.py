@@ -32,8 +32,9 @@ setup(
         "threadpoolctl",
     ],
     extras_require={
-        "cuda12": ["cupy-cuda12x>=14"],
-        "cuda13": ["cupy-cuda13x>=14"],
+        # CuPy brings neither: without a CUDA toolkit these wheels do
+        "cuda12": ["cupy-cuda12x>=14", "nvidia-cublas-cu12", "nvidia-cuda-nvrtc-cu12"],
+        "cuda13": ["cupy-cuda13x>=14", "nvidia-cublas>=13,<14", "nvidia-cuda-nvrtc>=13,<14"],
         # setuptools: the tests build the wheel that they check
         "test": [
             "pytest",

@@ -19,7 +19,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting; may be repeated.")
 ]
 Folder = Annotated[str | None, typer.Option("--data", metavar="DIR", help="Where the data set is.")]
-Backend = Annotated[str | None, typer.Option("--backend", help="What computes, in place of the recipe's.")]
+Backend = Annotated[
+    str | None,
+    typer.Option("--backend", metavar="auto|numpy|cuda|emulator", help="What computes, in place of the recipe's."),
+]
 Which = Annotated[str | None, typer.Option("--checkpoint", metavar="best|last", help="The best if there is one.")]
 
 
@@ -100,15 +103,22 @@ def summary(
     data: Folder = None,
     backend: Backend = None,
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Find its largest batch.")] = None,
+    fusions: Annotated[bool, typer.Option("--plan", help="Show which chains of layers are fused.")] = False,
 ):
     """Show layers, shapes, weights, FLOPs and planned memory of a recipe; nothing is trained and no image is read."""
+    from gpunet.backends import choose
     from gpunet.train.summary import Plan
     from gpunet.train.text import columns, parse_size, size
 
     limit = None if memory is None else parse_size(memory)
-    plan = Plan(_load(config, overrides, data, backend))
+    loaded = _load(config, overrides, data, backend)
+    loaded.train.backend, _ = choose(loaded.train.backend)  # once, not for every batch that is tried
+    plan = Plan(loaded)
     held, batch = plan.memory(), plan.config.train.batch
-    print(f"{plan}\n\nplanned memory at batch {batch}")
+    print(plan)
+    if fusions:
+        print("\n".join(["\nfused, on a backend that fuses", *(plan.fusions() or ["none"])]))
+    print(f"\nplanned memory at batch {batch}, backend {loaded.train.backend}")
     print(columns([*((name, size(n)) for name, n in held.items()), ("peak", size(sum(held.values())))], 1))
     if limit is not None:
         print(f"\nlargest batch for {memory}: {plan.largest_batch(limit) or 'none fits'}")
@@ -131,6 +141,23 @@ def list_known(what: Annotated[str, typer.Argument(metavar="models|configs")]):
     else:
         raise GpunetError(f"list: expected models or configs, got '{what}'")
     print(columns(rows, 2))
+
+
+@app.command()
+def doctor(
+    parity: Annotated[bool, typer.Option("--parity", help="Run every kernel and compare it with NumPy.")] = False,
+    backend: Annotated[
+        str | None, typer.Option("--backend", metavar="cuda|emulator", help="What --parity runs; cuda if it can.")
+    ] = None,
+):
+    """Say what is here: versions, GPUs, folders, and what a backend that cannot run is missing."""
+    from gpunet import doctor as probes
+
+    if backend is not None and not parity:
+        raise GpunetError("doctor: --backend: expected beside --parity only, which it is for")
+    print(probes.report())
+    if parity:
+        raise typer.Exit(probes.parity(backend))
 
 
 @data_app.command()

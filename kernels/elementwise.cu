@@ -1,4 +1,4 @@
-// Addition, concatenation, bias, sums down columns. In a matrix a row is a pixel, a column a channel.
+// Addition, concatenation, bias, sums down columns, casts. In a matrix a row is a pixel, a column a channel.
 //
 //   add_forward      y = a + b; y may be a or b                                           2n reals in, n out
 //   concat_forward   y[:, offset : offset + c] = x, other columns stay               rows*c reals in and out
@@ -6,6 +6,7 @@
 //   bias_forward     y += b in every row, in place                                   rows*c reals in and out
 //   column_sum       sums[p] = sum of the rows p*rows//parts to (p+1)*rows//parts of x       rows*c reals in
 //   sum_parts        y (+)= sum of x[p] over all parts p                                    parts*n wides in
+//   cast_forward     y = x: weights as products take them                              n wides in, n reals out
 //
 // Outputs: overwritten; (+)= adds where accumulate is 1.
 // Bytes:   at the right.
@@ -90,4 +91,14 @@ KERNEL sum_parts(const wide* x /*parts*n*/, wide* y /*n*/, int accumulate, int p
     const Tile tile(parts, n, 1);
     const wide sum = column_tile_sum(x, tile, n);
     if (tile.writes) y[tile.column] = accumulate ? y[tile.column] + sum : sum;
+}
+
+// launch: over=(n+3)//4
+KERNEL cast_forward(const wide* x /*n*/, real* y /*n*/, long long n) {
+    OVER(i, (n + 3) / 4) {
+        const int count = up_to_four(n - 4 * i);
+        wide v[4];
+        load_four(x + 4 * i, count, v);
+        store_four(y + 4 * i, count, v);
+    }
 }

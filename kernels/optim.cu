@@ -6,13 +6,14 @@
 //
 //   gradient_norm      norms[p] = sum of g^2 over elements p*n//parts to (p+1)*n//parts, in double: n wides
 //   gradient_finish    norm = sqrt(sum of norms)/(count*loss_scale), count = sums[2] = state.count
-//                      if norm and sums[0] are finite: apply = 1, good += 1, and
+//                      if norm and sums[0] are finite and halt < 0: apply = 1, good += 1, and
 //                          gradient_scale = 1/(count*loss_scale) * min(1, clip/norm), clip 0: no min;
 //                          dynamic: after 2000 good updates loss_scale *= 2, good = 0
-//                      else: apply = good = 0, gradient_scale stays;
-//                          dynamic: loss_scale = max(loss_scale/2, 1), else halt = batch if halt < 0
+//                      else: apply = good = 0, gradient_scale stays; and unless halted before,
+//                          dynamic and loss_scale > 1: loss_scale = max(loss_scale/2, 1), else halt = batch
 //                      table[update % rows] = loss/count, hits/count, count, norm, rate of group 0,
-//                          gradient_scale, apply, batch
+//                          gradient_scale, verdict, batch, update + 1. verdict: 1 applied, 0 skipped, -1 halted.
+//                          The last is 0 while the rest is written: the host may look at any time.
 //   sgd_update         d = g*gradient_scale + decay*w
 //                      lr = rates[min(update, steps - 1)] * lr_scale[group] * rate
 //                      v = momentum*v + d; w -= lr*(nesterov ? d + momentum*v : v)
@@ -41,7 +42,7 @@ KERNEL gradient_norm(const wide* g /*n*/, double* norms /*parts*/, long long n, 
 
 // launch: blocks=1
 KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, const wide* rates /*steps*/,
-                       double* table /*rows*8*/, State* state /*1*/, double clip, int dynamic, int parts,
+                       double* table /*rows*9*/, State* state /*1*/, double clip, int dynamic, int parts,
                        int steps, int rows) {
     double squares = 0;
     for (int p = threadIdx.x; p < parts; p += THREADS) squares += norms[p];
@@ -50,7 +51,7 @@ KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, 
         const double count = sums[2], unit = 1 / (count * state->loss_scale), norm = sqrt(squares) * unit;
         const long long update = state->update;
         state->count = (int)count;
-        if (is_finite(norm) && is_finite(sums[0])) {
+        if (is_finite(norm) && is_finite(sums[0]) && state->halt < 0) {
             state->apply = 1;
             state->gradient_scale = clip > 0 && norm > clip ? unit * (clip / norm) : unit;
             state->good += 1;
@@ -61,20 +62,26 @@ KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, 
         } else {
             state->apply = 0;
             state->good = 0;
-            if (dynamic)
-                state->loss_scale = max(state->loss_scale / 2, 1.0);
-            else if (state->halt < 0)
-                state->halt = state->batch;
+            if (state->halt < 0) {
+                if (dynamic && state->loss_scale > 1)
+                    state->loss_scale = max(state->loss_scale / 2, 1.0);
+                else
+                    state->halt = state->batch;
+            }
         }
-        double* row = table + update % rows * 8;
+        double* row = table + update % rows * 9;
+        row[8] = 0;
+        __threadfence_system();
         row[0] = sums[0] / count;
         row[1] = sums[1] / count;
         row[2] = count;
         row[3] = norm;
         row[4] = (double)rates[min(update, steps - 1ll)] * state->lr_scale[0];
         row[5] = state->gradient_scale;
-        row[6] = state->apply;
+        row[6] = state->halt < 0 ? state->apply : -1;
         row[7] = (double)state->batch;
+        __threadfence_system();
+        row[8] = (double)(update + 1);
     }
 }
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gpunet import resources
+from gpunet.backends.cuda import nvrtc
 from gpunet.core import sources
 from gpunet.core.state import STATE
 from gpunet.errors import GpunetError
-from gpunet.testing import nvrtc
 
 FILES = sorted(resources.kernels().glob("*.cu"))
 TYPES = ("float", "double", "half", "bfloat16")

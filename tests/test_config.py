@@ -59,6 +59,10 @@ def write(folder, **sections):
             "'mean' in [augment]: expected 'channel' or 'image' or a number or a list, got",
         ),
         ({"augment": {"crop": -1}}, "'crop' in [augment]: expected at least 0, got -1"),
+        (
+            {"train": {"dtype": "half"}},
+            "'dtype' in [train]: expected 'float32', 'tf32', 'float64', 'float16' or 'bfloat16', got \"half\"",
+        ),
         ({"loss": {"smoothing": 1}}, "'smoothing' in [loss]: expected a number below 1, got 1"),
         ({"model": {}}, "'name' in [model] is missing"),
         ({"data": {"name": "shapes", "limit": 0}}, "'limit' in [data]: expected at least 1, got 0"),

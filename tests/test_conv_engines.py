@@ -152,7 +152,7 @@ def test_engines_agree_also_where_gradients_accumulate(groups, replicas):
     results = []
     for engine in ("blocked", "unfold"):
         backend = Backend()
-        backend.conv_engine = engine
+        backend.engine = lambda types, engine=engine: engine
         step = Step(graph, MeanSquaredError(), batch=5, dtype="float64", backend=backend, replicas=replicas,
                     keep=("conv:output", "input:gradient"))  # fmt: skip
         with closing(step):
@@ -173,5 +173,5 @@ def test_an_accumulating_product_runs_in_row_blocks(case, fast):
     expected = out + a @ b
     for nbytes in (8 << 20, 128):
         got = out.copy()
-        Backend(fast).bind_matmul(a, b, got, 1, Scratch(nbytes))()
+        Backend(fast).bind_matmul(a, b, got, 1, "float32", Scratch(nbytes))()
         np.testing.assert_allclose(got, expected, rtol=1e-12)

@@ -97,7 +97,7 @@ SOME = ("column_sum", "dropout_apply", "fold", "softmax_cross_entropy", "sgd_upd
 def test_no_sanitizer_complains(kind):
     """One kernel of each way to use memory; `gpunet kernel-test` does it for all."""
     complaints = sanitize.run(kind, SOME)
-    assert complaints == dict.fromkeys(SOME, [])
+    assert complaints == {name: [] for name in SOME}
 
 
 # Planted bugs
@@ -233,7 +233,7 @@ def test_a_compile_error_names_the_real_file_and_line(planted):
     path = planted("load(x + at)", "load(nothing + at)")
     place = rf"reverse\.cu:{line_of(path, 'nothing')}"
     with pytest.raises(GpunetError, match=rf"(?s)reverse\.cu: g\+\+ .*{place}:.*nothing"):
-        Backend().prepare({(path, "float", "uint8")})
+        Backend().compile({(path, "float", "uint8")})
 
 
 def test_what_was_compiled_is_kept_by_its_content(planted, monkeypatch):
@@ -245,10 +245,12 @@ def test_what_was_compiled_is_kept_by_its_content(planted, monkeypatch):
     shown = []
     for expected in (1, 0):
         calls.clear()
-        Backend().prepare({(planted(), "float", "uint8")}, lambda done, count: shown.append((done, count)))
+        backend = Backend()
+        backend.show = lambda done, count: shown.append((done, count))
+        backend.compile({(planted(), "float", "uint8")})
         assert sum("-shared" in call[0] for call in calls) == expected
     calls.clear()
-    Backend().prepare({(planted("256ll", "255ll + 1"), "float", "uint8")})
+    Backend().compile({(planted("256ll", "255ll + 1"), "float", "uint8")})
     assert sum("-shared" in call[0] for call in calls) == 1
     assert shown == [(1, 1), (1, 1)]
 
@@ -264,4 +266,4 @@ def test_a_cache_that_others_could_write_is_refused(tmp_path, monkeypatch, make,
     make(tmp_path / "cache" / "kernels")
     monkeypatch.setenv("GPUNET_CACHE", str(tmp_path / "cache"))
     with pytest.raises(GpunetError, match=expected):
-        Backend().prepare({(sources.kernels()["relu_forward"].path, "float", "uint8")})
+        Backend().compile({(sources.kernels()["relu_forward"].path, "float", "uint8")})

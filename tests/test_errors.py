@@ -243,7 +243,7 @@ def test_what_a_step_refuses_at_once():
     graph, loss = network(), SoftmaxCrossEntropy()
     for options, message in [
         ({"batch": 0}, "batch: expected at least 1, got 0"),
-        ({"batch": 2, "dtype": "float16"}, "dtype: expected one of float32, float64, got 'float16'"),
+        ({"batch": 2, "dtype": "half"}, "dtype: expected one of float32, tf32, float64, float16, bfloat16, got 'half'"),
         ({"batch": 2, "backend": "tpu"}, "backend: expected one of numpy"),
         (
             {"batch": 2, "source": Source(split(shape=(5, 4, 2)))},

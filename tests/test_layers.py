@@ -56,6 +56,8 @@ from gpunet.testing import check_gradients
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}  # of the largest expected value
 VARIANTS = list(product(TOLERANCE, (True, False), (1, 2)))  # dtype, fast twins, replicas
+# Input, weight, output and its gradient are rounded, by half an epsilon each; sums that cancel make that four times.
+TOLERANCE |= {"float16": 8 * 2**-10, "bfloat16": 8 * 2**-7}
 
 
 def close(got, expected, dtype, where):
@@ -74,7 +76,7 @@ def golden():
 
 def step_of(graph, loss, *, dtype="float64", fast=True, replicas=1, engine="blocked", batch=IMAGES, **options):
     backend = Backend(fast=fast)
-    backend.conv_engine = engine
+    backend.engine = lambda types: engine
     step = Step(graph, loss, SGD(0.0), batch=batch, dtype=dtype, backend=backend, replicas=replicas,
                 keep=("input:gradient",), **options)  # fmt: skip
     for tensors in (step.weights, step.statistics):
@@ -94,18 +96,33 @@ def test_golden_layer(name, engine, golden):
         where = f"{name} {engine} {dtype} fast={fast} replicas={replicas}"
         options = {"dtype": dtype, "fast": fast, "replicas": replicas, "engine": engine}
         with closing(step_of(graph, MeanSquaredError(), **options)) as step:
-            if name in INFERENCE:
-                close(step.predict(x), golden[f"{name}/inference"], dtype, f"{where}: inference")
-            step.gradient(x, targets)
-            losses = step.losses()
-            close(losses["loss"] * losses["count"], golden[f"{name}/loss"], dtype, f"{where}: loss")
-            close(step.read("prediction"), golden[f"{name}/output"], dtype, f"{where}: output")
-            close(step.read("input:gradient"), golden[f"{name}/input"], dtype, f"{where}: input gradient")
-            for weight in step.weights:
-                close(step.read(f"{weight}:gradient"), golden[f"{name}/{weight}"], dtype, f"{where}: {weight}")
-            step.update()
-            for statistic, value in step.statistics.items():
-                close(value, golden[f"{name}/{statistic}"], dtype, f"{where}: {statistic}")
+            hold(step, name, x, targets, golden, dtype, where)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_golden_layer_in_sixteen_bits(name, dtype, golden):
+    graph = graph_of(CASES[name])
+    x, targets = images_of(name, graph.input_shape), targets_of(name, graph.output_shape[0])
+    for replicas in (1, 2):
+        with closing(step_of(graph, MeanSquaredError(), dtype=dtype, replicas=replicas, engine="unfold")) as step:
+            hold(step, name, x, targets, golden, dtype, f"{name} {dtype} replicas={replicas}")
+
+
+def hold(step, name, x, targets, golden, dtype, where):
+    """Hold a layer's prediction, loss, gradients and statistics to the golden values."""
+    if name in INFERENCE:
+        close(step.predict(x), golden[f"{name}/inference"], dtype, f"{where}: inference")
+    step.gradient(x, targets)
+    losses, scale = step.losses(), step.state["loss_scale"]
+    close(losses["loss"] * losses["count"], golden[f"{name}/loss"], dtype, f"{where}: loss")
+    close(step.read("prediction"), golden[f"{name}/output"], dtype, f"{where}: output")
+    close(step.read("input:gradient") / scale, golden[f"{name}/input"], dtype, f"{where}: input gradient")
+    for weight in step.weights:
+        close(step.read(f"{weight}:gradient") / scale, golden[f"{name}/{weight}"], dtype, f"{where}: {weight}")
+    step.update()
+    for statistic, value in step.statistics.items():
+        close(value, golden[f"{name}/{statistic}"], dtype, f"{where}: {statistic}")
 
 
 @pytest.mark.parametrize("size", LOGITS)

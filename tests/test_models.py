@@ -31,7 +31,7 @@ def close(got, expected, where):
 @pytest.mark.parametrize("name", NETS)
 def test_four_steps_equal_pytorch(name, engine, fast, replicas, golden):
     net, backend = NETS[name], Backend(fast=fast)
-    backend.conv_engine = engine
+    backend.engine = lambda types: engine
     step = Step(net.graph(), SoftmaxCrossEntropy(), optim.SGD(net.lr, **SGD), batch=BATCH, dtype="float64",
                 backend=backend, replicas=replicas)  # fmt: skip
     with closing(step):

@@ -370,10 +370,11 @@ class Spy(Backend):
         return view
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_exactly_the_planned_bytes_are_allocated(replicas):
+def test_exactly_the_planned_bytes_are_allocated(replicas, dtype):
     spy = Spy()
-    with closing(step_of(zoo((6, 7, 2)), source=source(), backend=spy, replicas=replicas)) as step:
+    with closing(step_of(zoo((6, 7, 2)), source=source(), backend=spy, replicas=replicas, dtype=dtype)) as step:
         planned = step.memory()
         assert not spy.blocks, "planning allocates nothing"
         for _ in range(4):
@@ -438,7 +439,7 @@ def test_nothing_in_scratch_outlives_a_replay(engine, replicas):
     results = []
     for poison in (False, True):
         spy = Spy()
-        spy.conv_engine = engine
+        spy.engine = lambda types: engine
         with closing(step_of(zoo((6, 7, 2)), source=source(), backend=spy, replicas=replicas)) as step:
 
             def spoil(poison=poison, spy=spy):

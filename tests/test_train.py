@@ -173,6 +173,63 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     assert "Stopped: " in (folder / "report.md").read_text()
 
 
+def rescaled(made, scale):
+    """Set the loss scale of a Trainer that has not trained."""
+    state = made.step.state
+    state["loss_scale"] = scale
+    made.step.state = state
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "tf32"])
+def test_other_types_train_from_end_to_end(dtype, config, capsys, monkeypatch):
+    """In float16 from a loss scale that is far too large: that is told once, however often one looks."""
+    monkeypatch.setattr(trainer, "LOOK", 0)
+    loop = {"dtype": dtype, "epochs": 3, "batch": 27, "accumulate": 2}  # 270 images are left to train on
+    made = config(data={"train": 300, "test": 40}, train=loop)
+    made.model = type(made.model)(name="resnet9", widths=[4, 4, 4, 4])
+    trained = Trainer(made)
+    result = (rescaled(trained, 2.0**22) if dtype == "float16" else trained).fit()
+    said = [line for line in capsys.readouterr().err.splitlines() if "normal" in line]
+    if dtype == "float16":
+        assert said == [
+            "note: 1 of the first 1 updates skipped, their gradients overflowed float16; at the beginning of "
+            "half-precision training that is normal: each halves the loss scale, now 2,097,152"
+        ]
+        assert 6 <= 15 - result.updates <= 12  # halved to between 65536, where float16 ends, and the usual 1024
+    else:
+        assert not said
+        assert result.updates == 15
+    batches = [r["batch"] for r in result.rows if r["split"] == "train"]
+    assert len(batches) == result.updates and np.diff(batches).tolist() == [2] * (result.updates - 1)
+    assert result.images == 54 * result.updates
+    checkpoint = result.run.checkpoint()
+    assert {a.dtype for a in checkpoint.weights.values()} == {np.dtype("float32")}
+    images = trained.data.test.images
+    again = Predictor.load(checkpoint)
+    assert again.step.types == trained.step.types
+    np.testing.assert_array_equal(again.predict(images), trained.predict(images))
+    assert np.isfinite(again.predict(images)).all()
+    assert again.evaluate(trained.data).loss == result.test.loss
+    steps = trained.step.evaluate(trained.watched["validation"])
+    assert trained.evaluate("validation").loss == pytest.approx(steps["loss"], rel=1e-5)
+
+
+def test_half_precision_that_never_gets_finite_stops_the_run(config, tmp_path, capsys, monkeypatch):
+    """Ten halvings from 1024 to 1, all in epochs without an update, and the next step ends the run."""
+    monkeypatch.setattr(report, "plot_curves", None)  # there is nothing to draw
+    with pytest.raises(GpunetError) as caught:
+        Trainer(config(augment={"scale": 1e30}, train={"dtype": "float16", "epochs": 50}), data=easy()).fit()
+    said = str(caught.value)
+    assert "not finite in epoch 3, batch 1 of 5, at learning rate 0.01 and the smallest loss scale, 1; the" in said
+    (folder,) = runs(tmp_path)
+    assert "curves" not in (folder / "report.md").read_text()
+    assert Run(folder).checkpoint("last").state["update"] == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("every update skipped" in line for line in lines) == 2
+    assert sum("normal" in line for line in lines) == 1
+
+
 def interrupted(kind, config, after=7):
     """Train, and send a signal in the middle of an update."""
     original, calls = Step.__call__, []

@@ -4,7 +4,6 @@ import inspect
 import itertools
 import math
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -33,12 +32,7 @@ TWINS = {
     for name, function in vars(module).items()
     if inspect.isfunction(function) and function.__module__ == module.__name__ and name[0] != "_"
 }
-TYPES = {
-    "float32": (np.dtype("float32"), np.dtype("float32")),
-    "float64": (np.dtype("float64"), np.dtype("float64")),
-    "float16": (np.dtype("float16"), np.dtype("float32")),
-    "bfloat16": (np.dtype(ml_dtypes.bfloat16), np.dtype("float32")),
-}
+TYPES = {name: Types.of(name) for name in ("float32", "float64", "float16", "bfloat16")}
 ORACLES = {}
 
 
@@ -66,7 +60,7 @@ def in_double(arguments):
 @pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("name", sorted(TWINS))
 def test_a_twin_computes_what_loops_compute(name, types):
-    real, wide = TYPES[types]
+    real, wide = TYPES[types].real, TYPES[types].wide
     for size in range(SIZES):
         arguments = CASES[name](np.random.default_rng(size), size, real, wide)
         before = copied(arguments)
@@ -92,13 +86,13 @@ def test_cases_and_twins_fit_the_declaration(name):
     names = [a.name for a in kernel.arguments]
     assert list(inspect.signature(TWINS[name]).parameters) == names
     assert TWINS[name].__module__.endswith(f".{kernel.stem}")
-    for (real, wide), size in itertools.product(TYPES.values(), range(SIZES)):
-        arguments = CASES[name](np.random.default_rng(0), size, real, wide)
+    for types, size in itertools.product(TYPES.values(), range(SIZES)):
+        arguments = CASES[name](np.random.default_rng(0), size, types.real, types.wide)
         assert list(arguments) == names
         for argument in kernel.arguments:
             value = arguments[argument.name]
             if argument.pointer:
-                assert value.dtype in dtypes_of(argument.type, Types(real, wide)), argument.name
+                assert value.dtype in dtypes_of(argument.type, types), argument.name
                 assert value.size == evaluate(argument.extent, arguments), argument.name
                 assert value.flags.c_contiguous
             else:
@@ -108,8 +102,7 @@ def test_cases_and_twins_fit_the_declaration(name):
 @pytest.mark.parametrize("name", sorted(TWINS))
 def test_a_twin_takes_flat_arrays(name):
     """Only the number of elements counts, as in a kernel."""
-    real, wide = TYPES["float64"]
-    arguments = CASES[name](np.random.default_rng(3), 3, real, wide)
+    arguments = CASES[name](np.random.default_rng(3), 3, np.dtype("f8"), np.dtype("f8"))
     flat = {key: v.reshape(-1) if isinstance(v, np.ndarray) and v.shape else v for key, v in copied(arguments).items()}
     TWINS[name](**arguments)
     TWINS[name](**flat)
@@ -206,6 +199,11 @@ def _(name, x, sums, rows, c, parts):
 @oracle("sum_parts")
 def _(name, x, y, accumulate, parts, n):
     return {"y": [math.fsum(x[:, i]) + (y[i] if accumulate else 0) for i in range(n)]}
+
+
+@oracle("cast_forward")
+def _(name, x, y, n):
+    return {"y": list(x)}
 
 
 # conv, pool
@@ -342,13 +340,21 @@ def _(name, x, mean, inverse, gamma, beta, y, rows, c):
     return {"y": y}
 
 
-@oracle("batchnorm_backward_sums")
-def _(name, dy, x, mean, inverse, sums, rows, c, parts):
+@oracle("batchnorm_relu_forward", "batchnorm_add_relu_forward")
+def _(name, x, mean, inverse, gamma, beta, y, rows, c, residual=None):
+    for r, j in itertools.product(range(rows), range(c)):
+        v = gamma[j] * ((x[r, j] - mean[j]) * inverse[j]) + beta[j]
+        y[r, j] = FORWARD["relu"](v if residual is None else v + residual[r, j])
+    return {"y": y}
+
+
+@oracle("batchnorm_backward_sums", "batchnorm_relu_backward_sums")
+def _(name, dy, x, mean, inverse, sums, rows, c, parts, gamma=None, beta=None):
     sums[:] = 0
     for r, j in itertools.product(range(rows), range(c)):
-        part = sums[part_of(r, rows, parts)]
-        part[0, j] += dy[r, j]
-        part[1, j] += dy[r, j] * (x[r, j] - mean[j]) * inverse[j]
+        part, xhat = sums[part_of(r, rows, parts)], (x[r, j] - mean[j]) * inverse[j]
+        if gamma is None or gamma[j] * xhat + beta[j] > 0:
+            part[:, j] += dy[r, j], dy[r, j] * xhat
     return {"sums": sums}
 
 
@@ -362,11 +368,12 @@ def _(name, sums, dgamma, dbeta, accumulate, c):
     }
 
 
-@oracle("batchnorm_backward")
-def _(name, dy, x, mean, inverse, gamma, sums, dx, total, rows, c):
+@oracle("batchnorm_backward", "batchnorm_relu_backward")
+def _(name, dy, x, mean, inverse, gamma, sums, dx, total, rows, c, beta=None):
     for r, j in itertools.product(range(rows), range(c)):
         xhat = (x[r, j] - mean[j]) * inverse[j]
-        dx[r, j] = gamma[j] * inverse[j] / total * (total * dy[r, j] - sums[0, j] - xhat * sums[1, j])
+        d = dy[r, j] if beta is None or gamma[j] * xhat + beta[j] > 0 else 0
+        dx[r, j] = gamma[j] * inverse[j] / total * (total * d - sums[0, j] - xhat * sums[1, j])
     return {"dx": dx}
 
 
@@ -504,7 +511,8 @@ def _(name, norms, sums, rates, table, state, clip, dynamic, parts, steps, rows)
     loss_sum, hits, count, _ = sums.tolist()
     scale, batch, update = float(state["loss_scale"]), int(state["batch"]), int(state["update"])
     norm = math.sqrt(sum(norms.tolist())) / count / scale
-    finite = math.isfinite(norm) and math.isfinite(loss_sum)
+    halted = state["halt"] != -1
+    finite = math.isfinite(norm) and math.isfinite(loss_sum) and not halted
     state["count"] = count
     if finite:
         state["apply"] = 1
@@ -518,13 +526,14 @@ def _(name, norms, sums, rates, table, state, clip, dynamic, parts, steps, rows)
     else:
         state["apply"] = 0
         state["good"] = 0
-        if dynamic:
+        if dynamic and scale > 1 and not halted:
             state["loss_scale"] = max(scale / 2, 1)
-        elif state["halt"] == -1:
+        elif not halted:
             state["halt"] = batch
     rate = rates[min(update, steps - 1)] * state["lr_scale"][0]
     table[update % rows] = (
-        loss_sum / count, hits / count, count, norm, rate, state["gradient_scale"], float(finite), batch,
+        loss_sum / count, hits / count, count, norm, rate, state["gradient_scale"],
+        float(finite) if state["halt"] == -1 else -1, batch, update + 1,
     )  # fmt: skip
     return {"table": table, "state": state}
 
@@ -605,6 +614,8 @@ def test_in_place(rng):
     """Elementwise outputs may lie over an input."""
     over = {"relu_forward": ("y", "x"), "tanh_backward": ("dx", "dy"), "gelu_backward": ("dx", "x")}
     over |= {"add_forward": ("y", "b"), "dropout_apply": ("y", "x"), "batchnorm_forward": ("y", "x")}
+    over |= {"batchnorm_relu_forward": ("y", "x"), "batchnorm_add_relu_forward": ("y", "residual")}
+    over |= {"batchnorm_relu_backward": ("dx", "x")}
     over |= {"batchnorm_backward": ("dx", "dy"), "softmax_cross_entropy": ("dlogits", "logits")}
     for name, (output, under) in over.items():
         arguments = CASES[name](rng, 3, np.dtype("f8"), np.dtype("f8"))
@@ -679,7 +690,7 @@ def test_maxpool_lets_nan_win():
     assert y[0, 2, 2, 0] == -np.inf
 
 
-def normalise(x, gamma, beta, eps, parts):
+def normalise(op, x, gamma, beta, eps, parts):
     """y, and what backward needs, of two replicas that hold half of the rows each."""
     rows, c = x.shape
     halves = x[: rows // 3], x[rows // 3 :]
@@ -690,31 +701,39 @@ def normalise(x, gamma, beta, eps, parts):
     batchnorm.batchnorm_combine(moments, total, 2 * parts, c)
     batchnorm.batchnorm_statistics(total, mean, inverse, batch_mean, batch_variance, eps, 0, c)
     y = np.empty_like(x)
-    batchnorm.batchnorm_forward(x, mean, inverse, gamma, beta, y, rows, c)
+    TWINS[f"{op}_forward"](x, mean, inverse, gamma, beta, y, rows, c)
     return y, halves, mean, inverse, batch_mean, batch_variance
 
 
+@pytest.mark.parametrize("op", ["batchnorm", "batchnorm_relu"])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_batchnorm_over_replicas(parts, rng):
+def test_batchnorm_over_replicas(parts, op, rng):
     """Forward normalises the whole batch; backward is the derivative by x, gamma and beta."""
     rows, c, eps = 7, 3, 1e-3
     x, dy = rng.normal(2, 3, (rows, c)), rng.normal(size=(rows, c))
     gamma, beta = rng.normal(size=(2, c))
-    y, halves, mean, inverse, batch_mean, batch_variance = normalise(x, gamma, beta, eps, parts)
-    assert np.allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + eps) * gamma + beta, rtol=1e-12)
+    y, halves, mean, inverse, batch_mean, batch_variance = normalise(op, x, gamma, beta, eps, parts)
+    z = (x - x.mean(0)) / np.sqrt(x.var(0) + eps) * gamma + beta
+    assert np.abs(z).min() > 1e-3 and z.min() < 0  # no kink within reach, and some elements below it
+    assert np.allclose(y, np.maximum(z, 0) if op == "batchnorm_relu" else z, rtol=1e-12)
     assert np.allclose(batch_mean, x.mean(0), rtol=1e-12)
     assert np.allclose(batch_variance, x.var(0, ddof=1), rtol=1e-12)
 
     sums = np.empty((2, parts, 2, c))
+    known = (gamma, beta) if op == "batchnorm_relu" else ()
     for half, d, part in zip(halves, (dy[: rows // 3], dy[rows // 3 :]), sums, strict=True):
-        batchnorm.batchnorm_backward_sums(d, half, mean, inverse, part, len(half), c, parts)
+        TWINS[f"{op}_backward_sums"](d, half, mean, inverse, *known, part, len(half), c, parts)
     whole, dx, dgamma, dbeta = np.empty((2, c)), np.empty_like(x), np.empty(c), np.empty(c)
     elementwise.sum_parts(sums, whole, 0, 2 * parts, 2 * c)
     batchnorm.batchnorm_gradient(whole, dgamma, dbeta, 0, c)
-    batchnorm.batchnorm_backward(dy, x, mean, inverse, gamma, whole, dx, rows, rows, c)
-    assert np.allclose(dx, slope(lambda v: (normalise(v, gamma, beta, eps, parts)[0] * dy).sum(), x), atol=1e-8)
-    assert np.allclose(dgamma, slope(lambda v: (normalise(x, v, beta, eps, parts)[0] * dy).sum(), gamma), atol=1e-8)
-    assert np.allclose(dbeta, slope(lambda v: (normalise(x, gamma, v, eps, parts)[0] * dy).sum(), beta), atol=1e-8)
+    TWINS[f"{op}_backward"](dy, x, mean, inverse, *(known or [gamma]), whole, dx, rows, rows, c)
+
+    def loss(x, gamma, beta):
+        return (normalise(op, x, gamma, beta, eps, parts)[0] * dy).sum()
+
+    assert np.allclose(dx, slope(lambda v: loss(v, gamma, beta), x), atol=1e-8)
+    assert np.allclose(dgamma, slope(lambda v: loss(x, v, beta), gamma), atol=1e-8)
+    assert np.allclose(dbeta, slope(lambda v: loss(x, gamma, v), beta), atol=1e-8)
 
 
 def test_moments_do_not_cancel(rng):
@@ -788,10 +807,10 @@ def test_both_forms_of_sgd_agree_while_the_rate_stays():
 
 def test_a_gradient_of_nothing_is_not_finite():
     """A count of 0 divides to NaN: no update, no warning."""
-    now, table = new_state(), np.zeros((1, 8))
+    now, table = new_state(), np.zeros((1, 9))
     optim.gradient_finish(np.zeros(1), np.zeros(4), np.ones(1), table, now, 1.0, 0, 1, 1, 1)
     assert (now["apply"], now["halt"], now["update"]) == (0, 0, 0)
-    now["apply"] = 1
+    now["apply"], now["halt"] = 1, -1
     optim.gradient_finish(np.zeros(1), np.array([3, 1, 2, 1.0]), np.ones(1), table, now, 1.0, 0, 1, 1, 1)
     assert (now["apply"], now["gradient_scale"]) == (1, 0.5)  # and a norm of 0 is not clipped
 

@@ -67,6 +67,19 @@ def _c_order(shape):
     return tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
 
 
+def host_array(view):
+    """Return the ndarray that a View is where its memory is the host's."""
+    return at_address(view, view.shape, view.element_strides)
+
+
+def at_address(view, shape, element_strides):
+    """Return an ndarray of this shape and these strides that begins where a View in the host's memory does."""
+    span = sum((n - 1) * step for n, step in zip(shape, element_strides, strict=True)) + 1 if np.prod(shape) else 0
+    buffer = (ctypes.c_char * (span * view.dtype.itemsize)).from_address(view.pointer)
+    buffer.keeps = view.memory
+    return np.ndarray(shape, view.dtype, buffer, 0, tuple(s * view.dtype.itemsize for s in element_strides))
+
+
 @dataclass(frozen=True)
 class Product:
     """The arguments of cublasGemmStridedBatchedEx: column-major, so out^T = b^T a^T; `a`, `b`, `out` are Views.
@@ -154,15 +167,25 @@ class DeviceBackend:
     """Binds entries to a device's memory. A subclass gives malloc, copy_in, copy_out, bind_function, bind_product."""
 
     workspace_bytes = 0
-    threads = 1  # replicas unless told
-    fuses = True  # chains of layers are replaced by fused ones
-    blas = False  # no BLAS on the host to hold at one thread
+    replicas = 1
+    blas = False
+    fuses = True
+    graphs = False
     most_blocks = BLOCKS
+    show = None  # called with (files compiled, files to compile), for a line of progress
 
     # What the device gives
 
     def malloc(self, nbytes):
         """Return zeroed memory with an attribute `pointer`, aligned to 256 bytes; freed with the object."""
+        raise NotImplementedError
+
+    def malloc_shared(self, nbytes):
+        """Return zeroed memory of the host that kernels can write to, at the same address."""
+        raise NotImplementedError
+
+    def compile(self, wanted):
+        """Have each (path, REAL, PIXEL) compiled that is not; calls `show`."""
         raise NotImplementedError
 
     def copy_in(self, pointer, array):
@@ -191,9 +214,21 @@ class DeviceBackend:
         """Return how many parts to cut a sum over `rows` into, where each part takes `tiles` blocks."""
         return max(1, min(rows // 64, 512 // tiles))
 
+    def prepare(self, launches):
+        """Compile what these (kernel, arguments) need, arguments being tensors and numbers."""
+        self.compile({(kernel.path, *variant(kernel, arguments)) for kernel, arguments in launches})
+
     def allocate(self, nbytes):
         """Return zeroed memory."""
         return self.malloc(max(nbytes, 1))
+
+    def allocate_shared(self, nbytes):
+        """Return zeroed memory of the host's that kernels can write to."""
+        return self.malloc_shared(max(nbytes, 1))
+
+    def peek(self, view):
+        """Return the array that a view of shared memory is."""
+        return host_array(view)
 
     def adopt(self, array):
         """Return memory with a copy of a host array."""
@@ -222,6 +257,30 @@ class DeviceBackend:
             self.copy_out(array, view.pointer)
         return array
 
+    def synchronize(self):
+        """Wait for all that was launched; here a launch returns when it is done."""
+
+    def mark(self):
+        """Return an event: all that was launched until now is done. None where a launch returns when it is done."""
+
+    def stage(self, pairs, after):
+        """Copy (view, host array) pairs, here at once; return their event."""
+        for view, array in pairs:
+            self.copy_in(view.pointer, array)
+
+    def wait(self, event):
+        """Let what is launched from now on wait for an event."""
+
+    def finish(self, event):
+        """Wait for an event here."""
+
+    def memory(self):
+        """Return (free, total) bytes, or None where that is not known."""
+
+    def holders(self):
+        """Return who else holds the device's memory, in words."""
+        return "nobody else is known to hold memory"
+
     def workspace(self):
         """Return nothing: a kernel has its shared memory, and cuBLAS a workspace of the backend's."""
 
@@ -233,7 +292,7 @@ class DeviceBackend:
         call.keeps = arguments, values  # what the addresses point to
         return call
 
-    def bind_matmul(self, a, b, out, accumulate, workspace, compute="float32"):
+    def bind_matmul(self, a, b, out, accumulate, compute, workspace):
         """Return the product out = a @ b, or out += a @ b."""
         if 0 in (a.size, b.size):
             raise GpunetError(f"matmul: expected matrices that are not empty, got {a.shape} @ {b.shape}")

@@ -16,6 +16,7 @@ class _Arena:
     content: object  # a function that gives the first contents, or None for zeros
     shared: bool
     adopt: bool
+    open: bool
 
     @property
     def nbytes(self):
@@ -29,11 +30,13 @@ class Arenas:
         self.backend, self.replicas = backend, replicas
         self._arenas, self._memory, self._views = {}, {}, {}
 
-    def declare(self, name, shape, dtype, content=None, *, shared=False, adopt=False):
-        """Make an arena known. shared: all replicas use one; adopt: host memory may be the contents itself."""
+    def declare(self, name, shape, dtype, content=None, *, shared=False, adopt=False, open=False):
+        """Make an arena known. shared: all replicas use one; adopt: host memory may be the contents itself; open: the
+        host may `peek` at it at any time.
+        """
         if name in self._arenas:
             raise GpunetError(f"arena: the name {name!r} is taken")
-        self._arenas[name] = _Arena(tuple(shape), np.dtype(dtype), content, shared, adopt)
+        self._arenas[name] = _Arena(tuple(shape), np.dtype(dtype), content, shared, adopt, open)
 
     def __contains__(self, name):
         return name in self._arenas
@@ -55,7 +58,8 @@ class Arenas:
                 self._memory[name] = [self.backend.adopt(content)]
             else:
                 count = 1 if arena.shared else self.replicas
-                self._memory[name] = [self.backend.allocate(arena.nbytes) for _ in range(count)]
+                allocate = self.backend.allocate_shared if arena.open else self.backend.allocate
+                self._memory[name] = [allocate(arena.nbytes) for _ in range(count)]
                 if content is not None:
                     self.set(name, content)
         blocks = self._memory[name]
@@ -72,6 +76,10 @@ class Arenas:
     def get(self, name):
         """Return a host copy of replica 0's arena."""
         return self.backend.download(self.view(name))
+
+    def peek(self, name):
+        """Return replica 0's open arena as it is now, without waiting: kernels may be writing to it."""
+        return self.backend.peek(self.view(name))
 
     def sum(self, name):
         """Return the sum of an arena over the replicas."""

@@ -5,6 +5,7 @@ from functools import cache
 from numbers import Real
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
 from gpunet.core.sources import SCALARS
@@ -16,11 +17,29 @@ class Backend(Protocol):
     """What a backend offers. `place(tensor)` gives the memory of a traced tensor in one replica."""
 
     name: str
-    conv_engine: str
     workspace_bytes: int  # of one replica, beside the planned arenas
+    replicas: int  # where the user says nothing
+    blas: bool  # whether calls use the host's BLAS, which is then held at one thread
+    fuses: bool  # whether chains of layers run as fused ones
+    graphs: bool  # whether a list that is replayed again is captured, by capture(calls) -> call
+
+    def engine(self, types):
+        """Return the name of the engine that computes convolutions of these types."""
+
+    def parts(self, rows, tiles):
+        """Return how many parts a sum over `rows` is cut into where each part is `tiles` blocks of work."""
+
+    def prepare(self, launches):
+        """Make ready for (kernel, arguments) pairs, arguments traced tensors and numbers: compile what is missing."""
 
     def allocate(self, nbytes):
         """Return zeroed memory of so many bytes; arenas come from here and nothing else is ever allocated."""
+
+    def allocate_shared(self, nbytes):
+        """Return zeroed memory that the host may `peek` at while kernels write to it."""
+
+    def peek(self, view):
+        """Return the array that a view of shared memory is, without waiting for anything."""
 
     def adopt(self, array):
         """Return memory that holds `array`; a backend in host memory may use the array itself."""
@@ -37,11 +56,36 @@ class Backend(Protocol):
     def workspace(self):
         """Return what the bindings of one replica share as scratch."""
 
+    def synchronize(self):
+        """Wait for all that was launched."""
+
+    def memory(self):
+        """Return (free, total) bytes of a device with memory of its own, or None."""
+
+    def holders(self):
+        """Return a sentence on who holds the device's memory, or nothing."""
+
+    def mark(self):
+        """Return an event: all that was launched until now is done."""
+
+    def stage(self, pairs, after):
+        """Copy (view, host array) pairs beside the computation, once event `after` has come; return their event."""
+
+    def wait(self, event):
+        """Let what is launched from now on wait for an event."""
+
+    def finish(self, event):
+        """Wait for an event here."""
+
     def bind_launch(self, kernel, arguments, workspace):
         """Return a call without arguments that launches `kernel` on views and scalars."""
 
-    def bind_matmul(self, a, b, out, accumulate, workspace):
-        """Return a call that computes out = a @ b, or out += a @ b."""
+    def bind_matmul(self, a, b, out, accumulate, compute, workspace):
+        """Return a call that computes out = a @ b, or out += a @ b, as Types.compute says.
+
+        `out` may be wide where a and b are not. Products of 16-bit floats are summed in
+        float32 and rounded once, when they are stored.
+        """
 
     def bind_call(self, name, views, options, workspace):
         """Return a call of the backend's own function `name` (an engine)."""
@@ -50,20 +94,39 @@ class Backend(Protocol):
         """Return a call that sums or gathers one view a replica, in replica order, into `out`."""
 
 
+STORAGE = {
+    "float32": "float32",
+    "tf32": "float32",
+    "float64": "float64",
+    "float16": "float16",
+    "bfloat16": ml_dtypes.bfloat16,
+}
+
+
 @dataclass(frozen=True)
 class Types:
-    """What `real` and `wide` stand for in one program."""
+    """What `real` (storage) and `wide` (weights, sums, arithmetic) stand for in one program.
+
+    compute: how products are computed, the name given to `of`. "tf32" stores float32 and multiplies in TF32 where the
+    hardware has it; elsewhere it is float32.
+    """
 
     real: np.dtype
     wide: np.dtype
+    compute: str
 
     @classmethod
     def of(cls, name):
-        """Types for storage "float32" or "float64"."""
-        known = ("float32", "float64")
-        if name not in known:
-            raise GpunetError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
-        return cls(np.dtype(name), np.dtype(name))
+        """Types by one of their five names."""
+        if name not in STORAGE:
+            raise GpunetError(f"dtype: expected one of {', '.join(STORAGE)}, got {name!r}")
+        real = np.dtype(STORAGE[name])
+        return cls(real, np.dtype("float64" if name == "float64" else "float32"), name)
+
+    @property
+    def scaled(self):
+        """Whether the loss is scaled: float16 holds 6e-8 to 65504 only; bfloat16 has float32's range."""
+        return self.real == np.float16
 
 
 @cache

@@ -39,7 +39,7 @@ class Replay:
     def __init__(self, backend, arenas, trace):
         self.backend, self.arenas = backend, arenas
         self._trace = trace
-        self._programs, self._bound = {}, {}
+        self._programs, self._bound, self._graphs = {}, {}, {}
         self._scratch = []
         self._workspaces = []
         self._team = None
@@ -63,14 +63,31 @@ class Replay:
             self.program(key)
         needed = self.scratch_bytes()
         if not self._scratch or self._scratch[0].nbytes < needed:
-            self._bound, self._scratch = {}, []  # freed before the larger one is taken
+            self._bound, self._graphs, self._scratch = {}, {}, []  # freed before the larger one is taken
             self._scratch = [self.backend.allocate(needed) for _ in range(self.arenas.replicas)]
         if self._team is None:
-            self._team = Team(self.arenas.replicas)
+            self._team = Team(self.arenas.replicas, self.backend.blas)
             self._workspaces = [self.backend.workspace() for _ in range(self.arenas.replicas)]
         bound = [self._bind(key) for key in keys]
-        self._team.run([[call for b in bound for call in b[r].calls] for r in range(self.arenas.replicas)])
+        lists = [[call for b in bound for call in b[r].calls] for r in range(self.arenas.replicas)]
+        self._team.run(self._as_graph(tuple(keys), lists) if self.backend.graphs else lists)
         self._kept = [{k: v for b in bound for k, v in b[r].kept.items()} for r in range(self.arenas.replicas)]
+
+    def _as_graph(self, keys, lists):
+        """Return the lists themselves the first time, then one launch of a graph captured from them."""
+        if keys not in self._graphs:
+            self._graphs[keys] = None
+            return lists
+        if self._graphs[keys] is None:
+            self._graphs[keys] = [[self.backend.capture(calls)] for calls in lists]
+        return self._graphs[keys]
+
+    def largest(self, count=5):
+        """Return [(bytes, path)] of the largest tensors in the largest program known so far."""
+        programs = [p for programs in self._programs.values() for p in programs]
+        plan = max(programs, key=lambda p: p.plan.nbytes).plan
+        bases = sorted(plan.spans, key=lambda base: -base.nbytes)
+        return [(base.nbytes, base.path) for base in bases[:count]]
 
     def kept(self):
         """Return the names of the tensors that the last run left readable."""
@@ -86,11 +103,13 @@ class Replay:
         if self._team is not None:
             self._team.close()
             self._team = None
-            self._bound = {}
+            self._bound, self._graphs = {}, {}
 
     def _bind(self, key):
         if key not in self._bound:
             programs = self.program(key)
+            launches = [e for p in programs for e in p.plan.entries if e.kind == "launch"]
+            self.backend.prepare([(sources.kernels()[e.name], e.arguments) for e in launches])
             self._bound[key] = [self._bind_replica(programs, r) for r in range(len(programs))]
         return self._bound[key]
 
@@ -119,7 +138,7 @@ class Replay:
         if entry.kind == "launch":
             return self.backend.bind_launch(sources.kernels()[entry.name], views, workspace)
         if entry.kind == "matmul":
-            return self.backend.bind_matmul(*views, entry.options["accumulate"], workspace)
+            return self.backend.bind_matmul(*views, entry.options["accumulate"], entry.options["compute"], workspace)
         return self.backend.bind_call(entry.name, views, entry.options, workspace)
 
     def _bind_reduce(self, programs, replica, index):

@@ -12,12 +12,12 @@ from threadpoolctl import ThreadpoolController
 
 
 class Team:
-    """`count` replicas; `run` gives each its list of calls and returns when all are done."""
+    """`count` replicas; `run` gives each its list of calls and returns when all are done. blas: whether they use it."""
 
-    def __init__(self, count):
+    def __init__(self, count, blas=True):
         self.count = count
         self._barrier = threading.Barrier(count)
-        self._blas = ThreadpoolController().select(user_api="blas").lib_controllers
+        self._blas = ThreadpoolController().select(user_api="blas").lib_controllers if blas else ()
         self._work = [None] * count
         self._errors = [None] * count
         self._start = [threading.Semaphore(0) for _ in range(count)]

@@ -13,7 +13,8 @@ class Source:
 
     x = (pixel - mean) * scale, after a random crop of `size` from the image padded by `pad` and a random horizontal
     flip. `mean` and `scale` have a value a channel or one a pixel and channel (a mean image). Labels become dense
-    rows with label smoothing; with `values` in the split the targets are those.
+    rows with label smoothing; with `values` in the split the targets are those. window: at most so many images lie on
+    the device at a time, and the others are copied there while it computes (gpunet.core.window).
     """
 
     split: object
@@ -25,6 +26,7 @@ class Source:
     smoothing: float = 0.0
     classes: int | None = None
     shuffle: bool = True
+    window: int | None = None
     name: str = field(default="train")
 
     def __post_init__(self):
@@ -76,21 +78,36 @@ class Source:
         """Batches of an epoch; the last may be smaller."""
         return -(-len(self) // batch)
 
+    def held(self, batch):
+        """Return how many images lie on the device: all, or two halves of whole batches."""
+        if self.window is None or self.window >= len(self):
+            return len(self)
+        half = self.window // 2 // batch * batch
+        if not half:
+            raise GpunetError(
+                f"source {self.name}: window: expected at least two batches of {batch} images, got {self.window}"
+            )
+        return 2 * half
+
+    def targets(self, wide):
+        """Return the labels, or the values, as they lie on the device."""
+        return np.ascontiguousarray(
+            *((self.labels, np.int32) if self.labels is not None else (self.split.values, wide))
+        )
+
     def normalise(self, images):
         """Return images as the network sees them, without augmentation: float64 (n, h, w, c)."""
         shape = self.shape if self.means.size > self.shape[2] else (self.shape[2],)
         return (images - self.means.reshape(shape)) * self.scales.reshape(shape)
 
-    def arenas(self, wide):
+    def arenas(self, wide, batch):
         """Return {name: (shape, dtype, contents)} of what it keeps on the device; images and targets as they are."""
-        images = self.split.images
-        targets = np.ascontiguousarray(
-            *((self.labels, np.int32) if self.labels is not None else (self.split.values, wide))
-        )
+        images, targets, held = self.split.images, self.targets(wide), self.held(batch)
+        whole = held == len(self)
         return {
-            "images": (images.shape, images.dtype, lambda: images),
-            "targets": (targets.shape, targets.dtype, lambda: targets),
-            "order": ((len(self),), np.int32, None),
+            "images": ((held, *images.shape[1:]), images.dtype, (lambda: images) if whole else None),
+            "targets": ((held, *targets.shape[1:]), targets.dtype, (lambda: targets) if whole else None),
+            "order": ((len(self),), np.int32, None if whole else lambda: np.arange(len(self)) % held),
             "mean": (self.means.shape, wide, lambda: self.means),
             "scale": (self.scales.shape, wide, lambda: self.scales),
         }
@@ -109,7 +126,7 @@ class Source:
         `nominal` is the batch size that places are counted by; a place beyond the last image gives zeros.
         """
         n, (h, w, c), share = t.share.size, self.shape, t.share
-        batches = self.batches(nominal)
+        batches, held = self.batches(nominal), self.held(nominal)
         order, record = t.arena(f"{self.name}.order"), t.arena(state)
         x = t.empty((n, h, w, c))
         pad, flip = (self.pad, int(self.flip)) if augment else (0, 0)
@@ -123,11 +140,11 @@ class Source:
                 t.arena(f"{self.name}.scale"),
                 x,
             ),
-            *(t.seed, flip, pad, int(self.reflect), nominal, batches, share.first, len(self), len(self)),
+            *(t.seed, flip, pad, int(self.reflect), nominal, batches, share.first, len(self), held),
             *(self.means.size, n, h, w, c, h, w),
         )
         targets = t.empty((n, self.width))
-        places = (nominal, batches, share.first, len(self), len(self), n, self.width)
+        places = (nominal, batches, share.first, len(self), held, n, self.width)
         given = t.arena(f"{self.name}.targets")
         if self.labels is None:
             t.launch("batch_values", given, order, record, targets, *places)

@@ -5,6 +5,11 @@ Programs are replayed unchanged; what differs between two replays stands here (a
 
 import numpy as np
 
+# Where a run in float16 begins. The 65536 usual elsewhere suits losses that are means over the batch, so that a logit's
+# gradient is of order 1/batch. Here losses are sums, that gradient is of order one, and 65536 times it is more than
+# float16 holds (65504). 1024 leaves it a factor of 64 to grow by on its way back through the layers.
+LOSS_SCALE = 1024.0
+
 RATES = 16  # entries of lr_scale: how many parameter groups can be scaled between replays
 
 STATE = np.dtype(
@@ -24,10 +29,10 @@ STATE = np.dtype(
 )
 
 
-def new_state() -> np.ndarray:
+def new_state(loss_scale=1.0) -> np.ndarray:
     """The state before the first batch: a zero-d array of STATE, its fields state["batch"] and so on."""
     state = np.zeros((), STATE)
     state["halt"] = -1
-    for name in ("loss_scale", "gradient_scale", "lr_scale"):
-        state[name] = 1
+    state["loss_scale"] = loss_scale
+    state["gradient_scale"] = state["lr_scale"] = 1
     return state

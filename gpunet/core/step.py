@@ -8,19 +8,19 @@ The Trainer, custom training loops and tests use this class and nothing below it
     step.predict(x); step.read("stage1.conv.weight:gradient")
 """
 
-import os
-
 import numpy as np
 
 from gpunet.core.arenas import Arenas, Tensors
 from gpunet.core.backend import Types
-from gpunet.core.params import Layout
+from gpunet.core.params import BLOCK, Layout
 from gpunet.core.replay import Replay
-from gpunet.core.state import STATE, new_state
+from gpunet.core.state import LOSS_SCALE, STATE, new_state
 from gpunet.core.trace import Share, Trace
+from gpunet.core.window import Window
 from gpunet.errors import GpunetError
 
-METRICS = ("loss", "accuracy", "count", "norm", "rate", "scale", "applied", "batch")
+METRICS = ("loss", "accuracy", "count", "norm", "rate", "scale", "applied", "batch")  # in the table, then a stamp
+APPLIED = METRICS.index("applied")
 ROWS = 4096  # updates the metrics table remembers
 
 
@@ -28,19 +28,22 @@ class Step:
     """Training and inference programs of `graph` at a fixed batch size.
 
     loss: traces d(prediction) from prediction and targets. optimizer: traces the update. rates: learning rate of each
-    update, the last one holds on. dtype: "float32" or "float64". replicas: CPU threads, one a core unless told.
+    update, the last one holds on. dtype: what activations are stored in and products computed from, "float32", "tf32",
+    "float64", "float16" or "bfloat16"; weights stay float32 (float64). replicas: CPU threads, one a core unless told.
     source: where `gradient()` draws its batches. keep: patterns of tensors that `read` returns after a replay, such
-    as "stage1.*:output", "head:output_gradient" or "input:gradient".
+    as "stage1.*:output", "head:output_gradient" or "input:gradient". backend: an object, or a name ("auto": the GPU
+    where there is one); one that fuses layers keeps no outputs between those.
     """
 
     def __init__(self, graph, loss=None, optimizer=None, *, batch, dtype="float32", backend="numpy", replicas=None,
                  seed=0, source=None, rates=None, keep=()):  # fmt: skip
-        self.graph, self.loss, self.optimizer = graph, loss, optimizer
+        self.backend = _named(backend) if isinstance(backend, str) else backend
+        self.graph = graph.fused() if self.backend.fuses else graph
+        self.loss, self.optimizer = loss, optimizer
         self.batch, self.seed, self.source, self.keep = batch, seed, source, tuple(keep)
         self._check(batch, source)
         self.types = Types.of(dtype)
-        self.backend = _named(backend) if isinstance(backend, str) else backend
-        self.replicas = max(1, min(replicas or len(os.sched_getaffinity(0)), batch))
+        self.replicas = max(1, min(replicas or self.backend.replicas, batch))
         parameters = graph.parameters()
         self.layouts = {
             "weights": Layout(p for p in parameters if p.trainable),
@@ -50,8 +53,9 @@ class Step:
         self.rates = np.atleast_1d(np.asarray(rates, np.float64))
         self._arenas = Arenas(self.backend, self.replicas)
         self._replay = Replay(self.backend, self._arenas, self._trace)
-        self._sources = {}
+        self._sources, self._windows = {}, {}
         self._ordered = None  # epoch whose order is drawn
+        self._batch = 0  # state["batch"], known without asking the device
         self._declare()
 
     def _check(self, batch, source):
@@ -71,12 +75,18 @@ class Step:
 
     # Programs
 
-    def __call__(self, accumulate=1):
-        """Do one training step on the source's next `accumulate` batches: gradient and advance of each, one update."""
+    def __call__(self, accumulate=1, steps=1):
+        """Do training steps, each on the source's next `accumulate` batches: gradient and advance of each, one update.
+
+        On a backend with graphs all that one call does is one launch, and it returns before the device is done.
+        """
         keys = []
-        for ahead in range(accumulate):
-            keys += [*self._next_gradient(ahead > 0, ahead), ("advance", self.source.name)]
-        self._run([*keys[:-1], ("update",), keys[-1]])
+        for number in range(1, steps * accumulate + 1):
+            self._enter(self.source, self._batch, keys)
+            keys += self._next_gradient(number % accumulate != 1 % accumulate)
+            keys += [("update",)] * (number % accumulate == 0) + [("advance", self.source.name)]
+            self._batch += 1
+        self._run(keys)
 
     def gradient(self, x=None, y=None, *, accumulate=False):
         """Compute loss and gradients of x (n, h, w, c) and y, labels (n,) or targets (n, k), or of the next batch.
@@ -85,7 +95,9 @@ class Step:
         there. No weight, statistic or counter changes.
         """
         if x is None:
-            self._run(self._next_gradient(accumulate))
+            keys = self._next_gradient(accumulate)
+            self._enter(self.source, self._batch, [])
+            self._run(keys)
             return
         x, y = self._check_inputs(np.asarray(x), np.asarray(y))
         self._scatter("input", self._normalised(x))
@@ -99,14 +111,18 @@ class Step:
     def advance(self):
         """Move to the source's next batch; without a source only draws depend on it."""
         self._replay.run([("advance", self.source.name if self.source else None)])
+        self._batch += 1
 
     def predict(self, x):
-        """Return the network's output for x (n, h, w, c): floats as it takes them, or uint8 pixels of the source."""
+        """Return the network's output for x (n, h, w, c): floats as it takes them, or uint8 pixels of the source.
+
+        It is float32 where activations have 16 bits.
+        """
         x = np.asarray(x)
         if x.ndim != 4 or x.shape[1:] != self.graph.input_shape:
             expected = ", ".join(map(str, self.graph.input_shape))
             raise GpunetError(f"predict: x: expected shape (n, {expected}), got {x.shape}")
-        output = np.empty((len(x), *self.graph.output_shape), self.types.real)
+        output = np.empty((len(x), *self.graph.output_shape), self.types.wide)
         fixed = np.zeros((self.batch, *x.shape[1:]), self.types.real)
         for start in range(0, len(x), self.batch):
             part = self._normalised(x[start : start + self.batch])
@@ -123,8 +139,9 @@ class Step:
         self._arenas.set(_state_of(self, source), new_state())
         self._arenas.set("evaluation", np.zeros(4))
         try:
-            self._replay.run([("order", source.name)])
-            for _ in range(source.batches(self.batch)):
+            self._replay.run(self._order(source))
+            for number in range(source.batches(self.batch)):
+                self._enter(source, number, [])
                 self._replay.run([("evaluate", source.name), ("advance", source.name)])
         finally:
             if source is self.source:
@@ -156,7 +173,10 @@ class Step:
     @state.setter
     def state(self, record):
         self._arenas.set("state", record)
-        self._ordered = None
+        self._ordered, self._batch = None, int(record["batch"])
+        table = self._arenas.get("metrics")
+        table[table[:, -1] > record["update"]] = 0  # updates that, by this state, have not been
+        self._arenas.set("metrics", table)
 
     @property
     def batches(self):
@@ -168,12 +188,23 @@ class Step:
         return _means(self._arenas.sum("sums"))
 
     def metrics(self, since=0):
-        """Return one row (METRICS) an update from update number `since` on, as far back as the table remembers."""
-        updates = int(self.state["update"])
-        return self._arenas.get("metrics")[np.arange(max(since, updates - ROWS), updates) % ROWS]
+        """Return one row (METRICS) an update from update number `since` on, as far back as the table remembers.
+
+        Waits for nothing: the rows are those of the updates that the device has done by now.
+        """
+        table, updates = self._finished()
+        return table[np.arange(max(since, updates - ROWS), updates) % ROWS, :-1]
+
+    @property
+    def halted(self):
+        """Whether an update has met a loss or gradient that is not finite (state["halt"] tells the batch)."""
+        return bool((self._arenas.peek("metrics")[:, APPLIED] < 0).any())
 
     def read(self, name):
-        """Return a kept tensor of the last replay, or (until the next update) "<parameter>:gradient"."""
+        """Return a kept tensor of the last replay, or (until the next update) "<parameter>:gradient", as it is.
+
+        That is in its own type, and a gradient times state["loss_scale"], which is not 1 in float16.
+        """
         parameter = name.removesuffix(":gradient")
         if name.endswith(":gradient") and parameter in self.layouts["weights"].parameters:
             return self.layouts["weights"].slice(self._arenas.sum("gradient"), parameter)
@@ -191,6 +222,14 @@ class Step:
             self._replay.program(("evaluate", self.source.name))
         self._replay.program(("predict",))
         return {**self._arenas.sizes(), "scratch": self.replicas * self._replay.scratch_bytes()}
+
+    def wait(self):
+        """Wait until the device has done all steps that it was given."""
+        self.backend.synchronize()
+
+    def largest(self, count=5):
+        """Return [(bytes, layer)] of the largest tensors of the largest program, once `memory` was asked for."""
+        return self._replay.largest(count)
 
     def close(self):
         """End the replicas' threads; the next replay starts them again."""
@@ -217,10 +256,10 @@ class Step:
         for slot in _slots(self.optimizer):
             declare(slot, (self.layouts["weights"].size,), wide, shared=True)
         declare("rates", self.rates.shape, wide, lambda: self.rates, shared=True)
-        declare("state", (), STATE, new_state)
+        declare("state", (), STATE, lambda: new_state(LOSS_SCALE if self.types.scaled else 1))
         declare("sums", (4,), np.float64)
         declare("evaluation", (4,), np.float64)
-        declare("metrics", (ROWS, len(METRICS)), np.float64)
+        declare("metrics", (ROWS, len(METRICS) + 1), np.float64, open=True)
         images = -(-self.batch // self.replicas)
         declare("input", (images, *self.graph.input_shape), real)
         declare("targets", (images, *self.graph.output_shape), real)
@@ -232,9 +271,12 @@ class Step:
         if known is not source:
             raise GpunetError(f"source: the name {source.name!r} is taken by another; give this one a name of its own")
         if f"{source.name}.images" not in self._arenas:
-            for name, (shape, dtype, content) in source.arenas(self.types.wide).items():
-                adopt = name in ("images", "targets")
+            windowed = source.held(self.batch) < len(source)
+            for name, (shape, dtype, content) in source.arenas(self.types.wide, self.batch).items():
+                adopt = name in ("images", "targets") and not windowed
                 self._arenas.declare(f"{source.name}.{name}", shape, dtype, content, shared=True, adopt=adopt)
+            if windowed:
+                self._windows[source.name] = Window(self.backend, self._arenas, source, self.batch, self.seed)
             if source is not self.source:
                 self._arenas.declare(_state_of(self, source), (), STATE, new_state)
 
@@ -271,26 +313,55 @@ class Step:
     def _run(self, keys):
         """Replay; after a failure every replica is at the batch it was at, and the order is drawn again.
 
-        A failure within `update` may leave some weights updated: go back to a checkpoint then.
+        A failure within `update` may leave some weights updated: go back to a checkpoint then. A GPU is not asked for
+        its state at every step: where it fails, nothing on it can be read again.
         """
-        before = self.state
+        if not keys:
+            return
+        before = None if self.backend.graphs else self.state
         try:
             self._replay.run(keys)
         except BaseException:
-            self.state = before
+            if before is not None:
+                self.state = before
             raise
 
-    def _next_gradient(self, accumulate, ahead=0):
-        """Return the keys that compute the gradient of the batch `ahead` of the next, the order first if it is due."""
+    def _finished(self):
+        """Return (a copy of the table of metrics, the number of updates that are in it).
+
+        A row is stamped last, and its stamp is removed before it is written again: so a row whose stamp was read
+        after its verdict is whole.
+        """
+        table = self._arenas.peek("metrics")
+        applied, stamps = table[:, APPLIED].copy(), table[:, -1].copy()
+        return table.copy(), int(stamps[applied > 0].max(initial=0))
+
+    def _next_gradient(self, accumulate):
+        """Return the keys that compute the gradient of the next batch, the order first if it is due."""
         if self.source is None:
             raise GpunetError("gradient: this step has no source; pass x and y")
-        epoch, place = divmod(int(self.state["batch"]) + ahead, self.batches)
+        epoch, place = divmod(self._batch, self.batches)
         n = min(self.batch, len(self.source) - place * self.batch)
         key = ("gradient", n, bool(accumulate), False)
         if self._ordered == epoch:
             return [key]
         self._ordered = epoch
-        return [("order", self.source.name), key]
+        return [*self._order(self.source), key]
+
+    def _order(self, source):
+        """Return the key that draws a source's order; the host does it for a windowed one."""
+        return [] if source.name in self._windows else [("order", source.name)]
+
+    def _enter(self, source, number, keys):
+        """Have batch `number` of a source on the device; `keys`, which come before, run first if its window moves."""
+        window = self._windows.get(source.name) if source else None
+        if window is None:
+            return
+        epoch, batch = divmod(number, source.batches(self.batch))
+        if window.crosses(epoch, batch * self.batch):
+            self._run(keys)
+            keys.clear()
+            window.enter(epoch, batch * self.batch)
 
     def _trace(self, key, replica):
         """Return (trace of one program for one replica, arenas to clear instead if it has no image)."""
@@ -304,7 +375,8 @@ class Step:
             self.layouts,
             self._arenas,
             training=kind == "gradient",
-            engine=self.backend.conv_engine,
+            engine=self.backend.engine(self.types),
+            parts=self.backend.parts,
             seed=self.seed,
             accumulate=accumulate,
             keep=("prediction", *self.keep),
@@ -359,14 +431,16 @@ class Step:
         state = t.arena("state")
         start, stop = self.layouts["weights"].part(t.share.index, t.share.count)
         with t.at("gradient_finish"):
-            sums, norms = t.reduce(t.arena("sums")), t.empty((1,), np.float64)
+            parts = self.backend.parts(self.layouts["weights"].size // (BLOCK * t.share.count), 1)
+            sums, norms = t.reduce(t.arena("sums")), t.empty((parts,), np.float64)
             gradient = t.arena("gradient").slice(start, stop)
             t.reduce_part(gradient)
-            t.launch("gradient_norm", gradient, norms, stop - start, 1)
+            t.launch("gradient_norm", gradient, norms, stop - start, parts)
             norms = t.gather(norms)
             clip = getattr(self.optimizer, "clip", 0.0)
             sizes = (norms.size, len(self.rates), ROWS)
-            t.launch("gradient_finish", norms, sums, t.arena("rates"), t.arena("metrics"), state, clip, 0, *sizes)
+            arenas = (t.arena("rates"), t.arena("metrics"), state)
+            t.launch("gradient_finish", norms, sums, *arenas, clip, int(self.types.scaled), *sizes)
         with t.at("optimizer"):
             self.optimizer.trace(t, start, stop)
         layout = self.layouts["statistics"]

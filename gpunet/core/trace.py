@@ -123,13 +123,13 @@ class Share:
 class Trace:
     """What a program and its layers call. Passed on, never stored."""
 
-    def __init__(self, types, share, layouts, arenas, *, training, engine, seed=0, accumulate=False, keep=()):
+    def __init__(self, types, share, layouts, arenas, *, training, engine, parts=None, seed=0, accumulate=False,
+                 keep=()):  # fmt: skip
         self.real, self.wide = types.real, types.wide
         self.types = types
         self.share = share
         self.training = training
         self.engine = engine
-        self.parts = 1  # partial sums a column sum is cut into
         self.seed = seed
         self.entries = []
         self.kept = {}
@@ -138,7 +138,9 @@ class Trace:
         self._arenas = arenas
         self._accumulate = accumulate
         self._keep = tuple(keep)
+        self._parts = parts
         self._external = {}
+        self._operands = {}
         self._written = set()
 
     # Places in the network
@@ -161,6 +163,13 @@ class Trace:
         """Keep `tensor` readable after a replay as `name`, if that was asked for."""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._keep):
             self.kept[name] = tensor
+
+    def parts(self, rows, columns):
+        """Return how many parts a sum down the columns of this share's matrix is cut into: the same in all replicas."""
+        if self._parts is None:
+            return 1
+        rows = rows // self.share.size * max(1, self.share.batch // self.share.count)
+        return self._parts(rows, -(-columns // 32))  # a block takes 32 columns of a part
 
     # Tensors
 
@@ -186,8 +195,20 @@ class Trace:
 
     def weight(self, p):
         """Return a parameter's tensor."""
-        name = "weights" if p.trainable else "statistics"
-        return self._parameter(name, name, p)
+        name = _arena_of(p)
+        return self._parameter(self.arena(name), name, p)
+
+    def operand(self, p):
+        """Return a weight in `real`, as products take it; a program's first call casts the whole arena, once."""
+        if self.real == self.wide:
+            return self.weight(p)
+        name = _arena_of(p)
+        if name not in self._operands:
+            wide = self.arena(name)
+            with self.at("operands"):
+                self._operands[name] = self.empty(wide.shape)
+                self.launch("cast_forward", wide, self._operands[name], wide.size)
+        return self._parameter(self._operands[name], name, p)
 
     def gradient(self, p):
         """Return (tensor, accumulate): where a weight's gradient goes, and 1 if it is to be added to what is there.
@@ -205,11 +226,11 @@ class Trace:
     def _result(self, arena, layout, p):
         again = self._accumulate or p.name in self._written
         self._written.add(p.name)
-        return self._parameter(arena, layout, p), int(again)
+        return self._parameter(self.arena(arena), layout, p), int(again)
 
     def _parameter(self, arena, layout, p):
         start = self._layouts[layout].offsets[p.name]
-        return self.arena(arena).slice(start, start + p.size).reshape(*p.shape)
+        return arena.slice(start, start + p.size).reshape(*p.shape)
 
     @property
     def written(self):
@@ -237,14 +258,22 @@ class Trace:
         )
 
     def matmul(self, a, b, out, accumulate=0):
-        """Add out = a @ b, or out += a @ b: matrices, or batches of them with the same leading size."""
+        """Add out = a @ b, or out += a @ b: matrices, or batches of them with the same leading size.
+
+        a and b are both real or both wide; out is one of these, such as the wide gradient of real activations.
+        """
+        known = (self.real, self.wide)
+        if a.dtype != b.dtype or a.dtype not in known or out.dtype not in known:
+            raise GpunetError(
+                f"{self.path}: matmul: expected two operands of one type, and they and the output of "
+                f"{' or '.join(dict.fromkeys(map(str, known)))}, got {a.dtype} @ {b.dtype} -> {out.dtype}"
+            )
         m, k = a.shape[-2:]
         if b.shape[-2] != k or out.shape[-2:] != (m, b.shape[-1]) or a.shape[:-2] != b.shape[:-2]:
             raise GpunetError(f"{self.path}: matmul: {a.shape} @ {b.shape} does not give {out.shape}")
         flops = 2 * out.size * k
-        self.entries.append(
-            Entry("matmul", "matmul", (a, b, out), (a, b), (out,), self.path, flops, {"accumulate": accumulate})
-        )
+        options = {"accumulate": accumulate, "compute": self.types.compute}
+        self.entries.append(Entry("matmul", "matmul", (a, b, out), (a, b), (out,), self.path, flops, options))
 
     def call(self, name, reads, writes, flops=0, **options):
         """Add a call of the backend's own function `name` on `reads + writes`: one pass of an engine."""
@@ -278,3 +307,8 @@ class Trace:
         """Wait for all replicas here."""
         if self.share.count > 1:
             self.entries.append(Entry("barrier", "barrier", (), (), (), self.path))
+
+
+def _arena_of(p):
+    """Return the arena, and the layout, that holds a parameter."""
+    return "weights" if p.trainable else "statistics"

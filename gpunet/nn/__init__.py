@@ -6,6 +6,7 @@ from gpunet.nn.batchnorm import BatchNorm
 from gpunet.nn.conv import Conv2d
 from gpunet.nn.dropout import Dropout
 from gpunet.nn.elementwise import Add, Concat, Flatten
+from gpunet.nn.fuse import BatchNormAddReLU, BatchNormReLU, fuse
 from gpunet.nn.graph import Block, Graph, Input, Layer, Node, Sequential
 from gpunet.nn.linear import Linear
 from gpunet.nn.loss import LOSSES, MeanSquaredError, SoftmaxCrossEntropy
@@ -17,6 +18,8 @@ __all__ = [
     "Add",
     "AvgPool",
     "BatchNorm",
+    "BatchNormAddReLU",
+    "BatchNormReLU",
     "Block",
     "Concat",
     "Conv2d",
@@ -37,5 +40,6 @@ __all__ = [
     "Sigmoid",
     "SoftmaxCrossEntropy",
     "Tanh",
+    "fuse",
     "init",
 ]

@@ -29,44 +29,62 @@ class BatchNorm(Layer):
         return shape
 
     def forward(self, t, x):
-        """Trace moments, their combination over replicas, and the normalisation."""
-        p, c = self.parameters, x.shape[-1]
-        rows = x.size // c
+        """Trace the statistics and the normalisation."""
+        given, y = self._given(t, x), t.over(x)
+        t.launch("batchnorm_forward", *given, y, *matrix_size(x))
+        return y, given
+
+    def backward(self, t, dy, saved):
+        """Trace dgamma, dbeta (this replica's images) and dx (which needs everybody's sums)."""
+        x, mean, inverse, gamma, _ = saved
+        sums = self._sums(t, "batchnorm_backward_sums", dy, x, mean, inverse)
+        return self._dx(t, "batchnorm_backward", dy, x, mean, inverse, gamma, sums)
+
+    def _given(self, t, x):
+        """Trace moments and their combination over replicas; return (x, mean, inverse, gamma, beta)."""
+        p, (rows, c) = self.parameters, matrix_size(x)
         inverse = t.empty((c,), t.wide)
         if t.training:
-            moments = t.empty((t.parts, 3, c), t.wide)
-            t.launch("batchnorm_moments", x, moments, rows, c, t.parts)
-            moments, parts = t.gather(moments), t.parts * t.share.count
+            parts = t.parts(rows, c)
+            moments = t.empty((parts, 3, c), t.wide)
+            t.launch("batchnorm_moments", x, moments, rows, c, parts)
+            moments = t.gather(moments)
             total, mean = t.empty((3, c), t.wide), t.empty((c,), t.wide)
-            t.launch("batchnorm_combine", moments, total, parts, c)
+            t.launch("batchnorm_combine", moments, total, parts * t.share.count, c)
             batch_mean, accumulate = t.batch_statistic(p["mean"])
             batch_variance, _ = t.batch_statistic(p["variance"])
             t.launch("batchnorm_statistics", total, mean, inverse, batch_mean, batch_variance, self.eps, accumulate, c)
         else:
             mean = t.weight(p["mean"])
             t.launch("batchnorm_inverse", t.weight(p["variance"]), inverse, self.eps, c)
-        y = t.over(x)
-        t.launch("batchnorm_forward", x, mean, inverse, t.weight(p["gamma"]), t.weight(p["beta"]), y, rows, c)
-        return y, (x, mean, inverse)
+        return x, mean, inverse, t.weight(p["gamma"]), t.weight(p["beta"])
 
-    def backward(self, t, dy, saved):
-        """Trace dgamma, dbeta (this replica's images) and dx (which needs everybody's sums)."""
-        x, mean, inverse = saved
-        p, c = self.parameters, x.shape[-1]
-        rows = x.size // c
-        parts, sums = t.empty((t.parts, 2, c), t.wide), t.empty((2, c), t.wide)
-        t.launch("batchnorm_backward_sums", dy, x, mean, inverse, parts, rows, c, t.parts)
-        t.launch("sum_parts", parts, sums, 0, t.parts, 2 * c)
+    def _sums(self, t, kernel, dy, *given):
+        """Trace the sums of dy and dy * xhat by this kernel, dgamma and dbeta; return the sums of all replicas."""
+        p, (rows, c) = self.parameters, matrix_size(dy)
+        parts = t.parts(rows, c)
+        partial, sums = t.empty((parts, 2, c), t.wide), t.empty((2, c), t.wide)
+        t.launch(kernel, dy, *given, partial, rows, c, parts)
+        t.launch("sum_parts", partial, sums, 0, parts, 2 * c)
         if self.scale or self.shift:
             dgamma, again = t.gradient(p["gamma"]) if self.scale else (t.empty((c,), t.wide), 0)
             dbeta, also = t.gradient(p["beta"]) if self.shift else (t.empty((c,), t.wide), 0)
             t.launch("batchnorm_gradient", sums, dgamma, dbeta, max(again, also), c)
-        sums = t.reduce(sums)
+        return t.reduce(sums)
+
+    def _dx(self, t, kernel, dy, *given):
+        """Trace dx by this kernel; `given` ends with the sums."""
+        rows, c = matrix_size(dy)
         dx = t.over(dy)
-        total = rows // t.share.size * t.share.batch
-        t.launch("batchnorm_backward", dy, x, mean, inverse, t.weight(p["gamma"]), sums, dx, total, rows, c)
+        t.launch(kernel, dy, *given, dx, rows // t.share.size * t.share.batch, rows, c)
         return dx
 
     def flops(self, shapes, output):
         """One multiplication and one addition an element."""
         return 2 * output[0] * (output[1] * output[2] if len(output) == 3 else 1)
+
+
+def matrix_size(x):
+    """Return (rows, c): x as the matrix that the kernels see, a row a pixel."""
+    c = x.shape[-1]
+    return x.size // c, c

@@ -128,7 +128,7 @@ class Conv2d(Layer):
         """Trace y by the engine."""
         g = self.geometry(x.shape[0], x.shape[1:])
         y = t.empty((g.n, g.oh, g.ow, g.outputs))
-        weight = t.weight(self.parameters["weight"])
+        weight = t.operand(self.parameters["weight"])
         bias = t.weight(self.parameters["bias"]) if self.bias else None
         engine(t, g).forward(t, g, x, weight, bias, y)
         return y, (x, g)
@@ -141,7 +141,7 @@ class Conv2d(Layer):
         if self.bias:
             bias_gradient(t, dy, self.parameters["bias"])
         dx = t.empty(x.shape)
-        engine(t, g).backward_input(t, g, dy, t.weight(self.parameters["weight"]), dx)
+        engine(t, g).backward_input(t, g, dy, t.operand(self.parameters["weight"]), dx)
         return dx
 
     def flops(self, shapes, output):

@@ -7,6 +7,7 @@
 A graph is a flat list of nodes in call order. Names are paths: "stem.conv1". Sizes are inferred when the graph is made.
 """
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -154,6 +155,18 @@ class Graph:
                 if parameter.name not in ("", name):
                     raise GpunetError(f"{name}: in another graph it is {parameter.name}; give its layer a name")
                 parameter.name = self._parameters[parameter] = name
+
+    def rewired(self, nodes, output):
+        """Return a graph of these nodes, which have paths and shapes, over this one's parameters and input."""
+        graph = copy.copy(self)
+        graph.nodes, graph.output = nodes, output
+        return graph
+
+    def fused(self):
+        """Return this network with chains of layers replaced by fused ones; it is left as it is (gpunet.nn.fuse)."""
+        from gpunet.nn.fuse import fuse  # it builds on this module
+
+        return fuse(self)
 
     def parameters(self):
         """All parameters, each once, in call order."""

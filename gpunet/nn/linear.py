@@ -44,7 +44,7 @@ class Linear(Layer):
         """Trace one matmul and the bias."""
         rows = x.reshape(x.shape[0], -1)
         y = t.empty((x.shape[0], self.outputs))
-        t.matmul(rows, t.weight(self.parameters["weight"]), y)
+        t.matmul(rows, t.operand(self.parameters["weight"]), y)
         if self.bias:
             t.launch("bias_forward", t.weight(self.parameters["bias"]), y, y.shape[0], self.outputs)
         return y, x
@@ -57,7 +57,7 @@ class Linear(Layer):
         if self.bias:
             bias_gradient(t, dy, self.parameters["bias"])
         dx = t.empty(rows.shape)
-        t.matmul(dy, t.weight(self.parameters["weight"]).T, dx)
+        t.matmul(dy, t.operand(self.parameters["weight"]).T, dx)
         return dx.reshape(*saved.shape)
 
     def flops(self, shapes, output):
@@ -68,7 +68,9 @@ class Linear(Layer):
 def bias_gradient(t, dy, bias):
     """Trace the gradient of a bias: dy summed over all but its last axis."""
     c = dy.shape[-1]
-    parts = t.empty((t.parts, c), t.wide)
-    t.launch("column_sum", dy, parts, dy.size // c, c, t.parts)
+    rows = dy.size // c
+    parts = t.parts(rows, c)
+    partial = t.empty((parts, c), t.wide)
+    t.launch("column_sum", dy, partial, rows, c, parts)
     gradient, accumulate = t.gradient(bias)
-    t.launch("sum_parts", parts, gradient, accumulate, t.parts, c)
+    t.launch("sum_parts", partial, gradient, accumulate, parts, c)

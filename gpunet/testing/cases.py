@@ -142,6 +142,15 @@ def _sum_parts(rng, size, real, wide):
     return {**arrays, "accumulate": accumulate, "parts": parts, "n": n}
 
 
+@case("cast_forward")
+def _cast_forward(rng, size, real, wide):
+    n = COUNTS[size]
+    x = random(rng, n, wide, 3)
+    if size == 4:
+        x[:5] = np.nan, np.inf, -np.inf, 60000, -60000
+    return {"x": x, "y": blank(n, real), "n": n}
+
+
 # conv, pool
 
 WINDOW = ("n", "h", "w", "c", "oh", "ow", "kh", "kw", "stride_y", "stride_x", "pad_y", "pad_x")
@@ -302,12 +311,27 @@ def _statistics(rng, c, wide):
     return {"mean": random(rng, c, wide), "inverse": positive(rng, c, wide)}
 
 
-@case("batchnorm_forward")
+def _affine(rng, c, wide):
+    return {"gamma": random(rng, c, wide), "beta": random(rng, c, wide)}
+
+
+@case("batchnorm_forward", "batchnorm_relu_forward")
 def _batchnorm_forward(rng, size, real, wide):
     rows, c = MATRICES[size]
-    arrays = {"x": random(rng, (rows, c), real), **_statistics(rng, c, wide)}
-    arrays |= {"gamma": random(rng, c, wide), "beta": random(rng, c, wide), "y": blank((rows, c), real)}
-    return {**arrays, "rows": rows, "c": c}
+    arrays = {"x": random(rng, (rows, c), real), **_statistics(rng, c, wide), **_affine(rng, c, wide)}
+    if size == 4:
+        arrays["x"][0, 0] = np.nan
+    return {**arrays, "y": blank((rows, c), real), "rows": rows, "c": c}
+
+
+@case("batchnorm_add_relu_forward")
+def _batchnorm_add_relu_forward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    arrays = {"x": random(rng, (rows, c), real), **_statistics(rng, c, wide), **_affine(rng, c, wide)}
+    arrays["residual"] = random(rng, (rows, c), real)
+    if size == 4:
+        arrays["x"][0, 0] = arrays["residual"][1, 1] = np.nan
+    return {**arrays, "y": blank((rows, c), real), "rows": rows, "c": c}
 
 
 @case("batchnorm_backward_sums")
@@ -315,6 +339,14 @@ def _batchnorm_backward_sums(rng, size, real, wide):
     (rows, c), parts = MATRICES[size], PARTS[size]
     arrays = {"dy": random(rng, (rows, c), real), "x": random(rng, (rows, c), real)}
     arrays |= {**_statistics(rng, c, wide), "sums": blank((parts, 2, c), wide)}
+    return {**arrays, "rows": rows, "c": c, "parts": parts}
+
+
+@case("batchnorm_relu_backward_sums")
+def _batchnorm_relu_backward_sums(rng, size, real, wide):
+    (rows, c), parts = MATRICES[size], PARTS[size]
+    arrays = {"dy": random(rng, (rows, c), real), "x": random(rng, (rows, c), real)}
+    arrays |= {**_statistics(rng, c, wide), **_affine(rng, c, wide), "sums": blank((parts, 2, c), wide)}
     return {**arrays, "rows": rows, "c": c, "parts": parts}
 
 
@@ -331,6 +363,15 @@ def _batchnorm_backward(rng, size, real, wide):
     rows, c = MATRICES[size]
     arrays = {"dy": random(rng, (rows, c), real), "x": random(rng, (rows, c), real)}
     arrays |= {**_statistics(rng, c, wide), "gamma": random(rng, c, wide)}
+    arrays |= {"sums": random(rng, (2, c), wide), "dx": blank((rows, c), real)}
+    return {**arrays, "total": rows * (1 + size % 3), "rows": rows, "c": c}
+
+
+@case("batchnorm_relu_backward")
+def _batchnorm_relu_backward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    arrays = {"dy": random(rng, (rows, c), real), "x": random(rng, (rows, c), real)}
+    arrays |= {**_statistics(rng, c, wide), **_affine(rng, c, wide)}
     arrays |= {"sums": random(rng, (2, c), wide), "dx": blank((rows, c), real)}
     return {**arrays, "total": rows * (1 + size % 3), "rows": rows, "c": c}
 
@@ -523,11 +564,11 @@ FINISHES = [  # what happens, clip, dynamic, and the state before
     (None, 0.0, 0, {}),
     (None, 0.25, 0, {"update": 7, "batch": 9, "good": 5, "lr_scale": 0.5}),  # clipped
     (None, 1e9, 1, {"update": 2, "batch": 2, "good": 1999, "loss_scale": 8}),  # not clipped; doubles
-    ("norm", 0.25, 1, {"update": 3, "batch": 5, "good": 1999, "loss_scale": 8, "gradient_scale": 0.5}),
-    ("norm", 0.0, 1, {"update": 30, "batch": 40, "good": 1, "loss_scale": 1}),  # halves no further
+    ("norm", 0.25, 1, {"update": 3, "batch": 5, "good": 1999, "loss_scale": 1.5, "gradient_scale": 0.5}),  # to 1
+    ("norm", 0.0, 1, {"update": 30, "batch": 40, "good": 1, "loss_scale": 1}),  # nothing left to halve: halts
     ("norm", 0.0, 0, {"update": 11, "batch": 2**33, "gradient_scale": 0.5, "apply": 1}),  # halts
-    ("loss", 1.0, 0, {"update": 11, "batch": 12, "halt": 3}),  # had halted before
-    ("loss", 0.0, 1, {"batch": 6, "good": 3, "loss_scale": 1024}),
+    ("loss", 1.0, 0, {"update": 11, "batch": 12}),
+    (None, 0.0, 1, {"batch": 6, "good": 3, "loss_scale": 1024, "halt": 2}),  # what comes after a halt is not applied
 ]
 
 
@@ -545,7 +586,7 @@ def _gradient_finish(rng, size, real, wide):
         "norms": norms,
         "sums": sums,
         "rates": positive(rng, steps, wide),
-        "table": rng.normal(size=(rows, 8)),
+        "table": rng.normal(size=(rows, 9)),
         "state": state(**fields),
         "clip": clip,
         "dynamic": dynamic,

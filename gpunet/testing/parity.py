@@ -6,6 +6,7 @@ The same suite proves the kernels' text on the emulator and the real thing on a 
 """
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 
 import ml_dtypes
@@ -53,10 +54,15 @@ class Result:
 def subjects(names=()):
     """Return the Subjects of shipped kernels: all, or those whose own name or file's stem is among `names`."""
     kernels = sources.kernels()
-    known = {*kernels, *(k.stem for k in kernels.values())}
+    families = sorted({k.stem for k in kernels.values()})
+    known = {*kernels, *families}
     for name in names:
         if name not in known:
-            raise GpunetError(f"kernel '{name}': expected a kernel or a family of them: {', '.join(sorted(known))}")
+            nearest = get_close_matches(name, sorted(known), n=3)
+            hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
+            raise GpunetError(
+                f"kernel '{name}': expected a kernel or a family of them; {hint}families: {', '.join(families)}"
+            )
     return [Subject.shipped(k) for k in kernels.values() if not names or k.name in names or k.stem in names]
 
 
@@ -105,9 +111,9 @@ def wanted(subjects, types=tuple(TYPES)):
     return found
 
 
-def run(backend, subjects, types=tuple(TYPES), show=None):
+def run(backend, subjects, types=tuple(TYPES)):
     """Return a Result for each subject and type; compiles everything first."""
-    backend.prepare(wanted(subjects, types), show)
+    backend.compile(wanted(subjects, types))
     return [check(subject, backend, name) for subject in subjects for name in types]
 
 

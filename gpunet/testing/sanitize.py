@@ -66,7 +66,7 @@ def main(kind, path, *names):
 
     backend = Backend("mixed", sanitizer=kind, most_blocks=3)
     chosen = user.subjects(path) if path else parity.subjects(names)
-    backend.prepare(parity.wanted(chosen, ("float32",)))
+    backend.compile(parity.wanted(chosen, ("float32",)))
     for subject in chosen:
         print(f"{MARK}{subject.kernel.name}", file=sys.stderr, flush=True)
         for size in range(SIZES):

@@ -100,12 +100,16 @@ def build_source(config, name, dataset, mean, scale):
         smoothing=config.loss.smoothing,
         classes=len(dataset.classes) or None,
         shuffle=config.train.shuffle and name == "train",
+        window=config.train.window,
         name=name,
     )
 
 
-def build_step(config, graph, source=None):
-    """Return the Step that trains `graph` on a source; without one, a step that only predicts."""
+def build_step(config, graph, source=None, backend=None):
+    """Return the Step that trains `graph` on a source; without one, a step that only predicts.
+
+    backend: an object to run on, in place of a new one by the recipe's name.
+    """
     train, settings = config.train, config.optimizer
     optimizer = rates = None
     if source is not None:
@@ -119,7 +123,7 @@ def build_step(config, graph, source=None):
         optimizer,
         batch=train.batch,
         dtype=train.dtype,
-        backend=train.backend,
+        backend=backend or train.backend,
         replicas=train.replicas,
         seed=train.seed,
         source=source,

@@ -88,15 +88,21 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    """The loop. `accumulate` batches make one update; validation is measured every `evaluate_every` epochs."""
+    """The loop. `accumulate` batches make one update; validation is measured every `evaluate_every` epochs.
+
+    steps_per_launch: updates that a GPU is given at a time, as one graph. window: images of a split that lie on it at a
+    time, where all are too many.
+    """
 
     epochs: Count = 10
     batch: Count = 128
     accumulate: Count = 1
+    steps_per_launch: Count = 1
+    window: Count | None = None
     seed: Natural = 0
     replicas: Count | None = None
-    backend: str = "numpy"
-    dtype: Literal["float32", "float64"] = "float32"
+    backend: str = "auto"
+    dtype: Literal["float32", "tf32", "float64", "float16", "bfloat16"] = "float32"
     shuffle: bool = True
     evaluate_every: Count = 1
     monitor_test: bool = False

@@ -60,7 +60,7 @@ class Result:
 def write_report(result):
     """Write curves.png and report.md into the run directory."""
     path = result.run.path
-    if result.rows:
+    if result.updates:
         smoothing = result.config.loss.smoothing
         notes = [result.data.note, f"training loss against labels smoothed by {smoothing:g}" if smoothing else ""]
         plot_curves(path / "curves.png", _title(result), "; ".join(n for n in notes if n), result.rows)
@@ -83,7 +83,7 @@ def _report(result):
         f"# {result.run.path.name}",
         result.status[0].upper() + result.status[1:] + ".",
         _results(result),
-        "![curves](curves.png)" if result.rows else "",
+        "![curves](curves.png)" if result.updates else "",
         _data(result.data),
         _classes(result),
         "## Settings\n\n```toml\n" + to_toml(result.config) + "```",

@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 
+from gpunet.backends import backend as named
+from gpunet.backends import choose
 from gpunet.core.step import METRICS
 from gpunet.errors import GpunetError
 from gpunet.train.build import build_data, build_graph, build_normalisation, build_source, build_step
@@ -15,6 +17,7 @@ from gpunet.train.predictor import Predictor
 from gpunet.train.progress import Progress
 from gpunet.train.report import Result, write_report
 from gpunet.train.run import Run
+from gpunet.train.summary import Plan
 from gpunet.train.text import clock
 
 LOOK = 0.1  # seconds between two looks at the metrics table
@@ -31,17 +34,20 @@ class Trainer:
     def __init__(self, config, *, graph=None, data=None, show=True):
         self.start = time.perf_counter()
         self.config, self.show = config, show
+        name, self.choice = choose(config.train.backend)  # first: what cannot run is told before data is fetched
+        backend = named(name)
         self.data = data if data is not None else build_data(config)
         train = self.data.train
         outputs = len(self.data.classes) if train.labels is not None else train.values.shape[1]
         self.graph = graph if graph is not None else build_graph(config, train.images.shape[1:], outputs)
+        Plan(config, backend, self.data, self.graph).check()
         mean, scale = build_normalisation(config, self.data)
         self.watched = {
             name: build_source(config, name, self.data, mean, scale)
             for name in ("validation", *["test"] * config.train.monitor_test)
             if name in self.data.splits
         }
-        self.step = build_step(config, self.graph, build_source(config, "train", self.data, mean, scale))
+        self.step = build_step(config, self.graph, build_source(config, "train", self.data, mean, scale), backend)
         self.predictor = Predictor(self.step, mean, scale, self.data.classes, config.loss.name)
 
     def evaluate(self, split="test"):
@@ -84,6 +90,7 @@ class _Training:
         self.progress = Progress(epochs * len(self.data.train), epochs, trainer.show)
         self.rows, self.best = [], None
         self.epoch = self.seen = self.images = 0
+        self.steps, self.explained = 0, False  # steps taken, and whether it was said that not all of them count
         self.seconds = 0.0
         self.looked = self.saved = time.perf_counter()
 
@@ -124,6 +131,7 @@ class _Training:
 
     def _announce(self):
         self.progress.line(f"{self.data}\n{self.config.model.name}: {self.step.graph.size:,} weights")
+        self.progress.line(self.trainer.choice)
         if self.data.note:
             self.progress.line(f"note: {self.data.note}")
         if "validation" not in self.data.splits:
@@ -133,14 +141,20 @@ class _Training:
         train = self.config.train
         for self.epoch in range(1, train.epochs + 1):
             start, totals = time.perf_counter(), np.zeros(3)
-            for place in range(0, self.batches, train.accumulate):
-                self.step(min(train.accumulate, self.batches - place))
+            place = 0
+            while place < self.batches:
+                accumulate = min(train.accumulate, self.batches - place)
+                steps = min(train.steps_per_launch, (self.batches - place) // accumulate)
+                self.step(accumulate, steps)
+                self.steps += steps
+                place += steps * accumulate
                 if signals.caught:
                     break
                 if time.perf_counter() - self.looked > LOOK:
                     totals += self._look()
                     self.progress.epoch(self.epoch, totals)
-            totals += self._look()
+            self.step.wait()
+            totals += self._look(waited=True)
             seconds = time.perf_counter() - start
             self.seconds += seconds
             if signals.caught:
@@ -152,8 +166,11 @@ class _Training:
             if time.perf_counter() - self.saved > SAVE:
                 self._save("last")
 
-    def _look(self):
-        """Log the updates since the last look; return the sums of their losses, hits and images."""
+    def _look(self, waited=False):
+        """Log the updates done since the last look; return the sums of their losses, hits and images.
+
+        waited: nothing is under way. Else a device may be some steps behind those that it was given.
+        """
         self.looked = time.perf_counter()
         table = self.step.metrics(self.seen)
         rows = [
@@ -164,22 +181,41 @@ class _Training:
         self._log(rows)
         self.seen += len(rows)
         self.images += int(table[:, 2].sum())
-        if self.step.state["halt"] >= 0:
-            raise GpunetError(self._halted())
+        if self.step.halted:
+            raise GpunetError(self._halted(self.step.state))
+        if not self.explained and self.step.types.scaled:
+            done = self.steps if waited or not self.step.backend.graphs else self._steps_until(rows)
+            if done > self.seen:
+                self.explained = True
+                self.progress.line(self._skipped(done, float(self.step.state["loss_scale"])))
         return np.array([table[:, 0] @ table[:, 2], table[:, 1] @ table[:, 2], table[:, 2].sum()])
 
     def _log(self, rows):
         self.rows += rows
         self.run_directory.log(rows)
 
-    def _halted(self):
-        state = self.step.state
+    def _steps_until(self, rows):
+        """Return how many steps, skipped ones too, there were until the last of these rows."""
+        if not rows:
+            return 0
+        epoch, place = divmod(int(rows[-1]["batch"]), self.batches)
+        accumulate = self.config.train.accumulate
+        return epoch * -(-self.batches // accumulate) + place // accumulate + 1
+
+    def _skipped(self, done, scale):
+        return (
+            f"note: {done - self.seen} of the first {done} updates skipped, their gradients overflowed float16; at the "
+            f"beginning of half-precision training that is normal: each halves the loss scale, now {scale:,.0f}"
+        )
+
+    def _halted(self, state):
         rates = self.step.rates
         rate = rates[min(int(state["update"]), len(rates) - 1)]
         epoch, place = divmod(int(state["halt"]), self.batches)
+        scale = " and the smallest loss scale, 1" if self.step.types.scaled else ""
         return (
             f"{self.run_directory.path}: loss or gradient is not finite in epoch {epoch + 1}, batch {place + 1} of "
-            f"{self.batches}, at learning rate {rate:.3g}; the weights before it are in last.safetensors. "
+            f"{self.batches}, at learning rate {rate:.3g}{scale}; the weights before it are in last.safetensors. "
             f"Try a lower optimizer.lr ({rate / 10:.1g}), schedule.warmup = 1 or optimizer.clip = 1"
         )
 
@@ -206,7 +242,8 @@ class _Training:
 
     def _line(self, totals, seconds, found):
         loss, hits, count = totals
-        parts = [f"epoch {self.epoch:>3}/{self.config.train.epochs}", f"loss {loss / count:.4f} {hits / count:7.2%}"]
+        trained = f"loss {loss / count:.4f} {hits / count:7.2%}" if count else "every update skipped"
+        parts = [f"epoch {self.epoch:>3}/{self.config.train.epochs}", trained]
         parts += [f"{row['split']} {row['loss']:.4f} {row['accuracy']:7.2%}" for row in found]
         parts += [f"{count / seconds:,.0f} img/s", clock(time.perf_counter() - self.trainer.start), self.progress.left]
         return "  ".join(parts)

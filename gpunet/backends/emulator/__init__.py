@@ -11,8 +11,8 @@ import threading
 
 import numpy as np
 
-from gpunet.backends.device import DeviceBackend
-from gpunet.backends.emulator.build import library
+from gpunet.backends.device import DeviceBackend, at_address, host_array
+from gpunet.backends.emulator.build import compile_all, library
 from gpunet.errors import GpunetError
 
 ORDERS = {"forward": 0, "backward": 1, "mixed": 2}  # in which the threads of a block run
@@ -48,7 +48,6 @@ class Backend(DeviceBackend):
     """Runs lists on the emulator. order: how a block's threads take turns; sanitizer: None, "address" or "thread"."""
 
     name = "emulator"
-    graphs = False
     most_blocks = 8  # enough to see a grid-stride loop at work, few enough to spare fibers
 
     def __init__(self, order="forward", sanitizer=None, most_blocks=None):
@@ -62,6 +61,8 @@ class Backend(DeviceBackend):
         """Return zeroed memory of the C library's."""
         return Memory(nbytes)
 
+    malloc_shared = malloc
+
     def copy_in(self, pointer, array):
         """Copy from the host to the host."""
         ctypes.memmove(pointer, array.ctypes.data, array.nbytes)
@@ -70,11 +71,9 @@ class Backend(DeviceBackend):
         """Copy from the host to the host."""
         ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
 
-    def prepare(self, wanted, show=None):
-        """Compile the files of {(path, real, pixel)} that are not in the cache, two at a time."""
-        from gpunet.backends.emulator.build import compile_all
-
-        compile_all(wanted, self.sanitizer, show)
+    def compile(self, wanted):
+        """Compile the files that are not in the cache, two at a time."""
+        compile_all(wanted, self.sanitizer, self.show)
 
     def bind_function(self, kernel, real, pixel, blocks, addresses):
         """Return the call that runs the kernel's threads; it raises what the emulator found wrong."""
@@ -105,7 +104,7 @@ class Backend(DeviceBackend):
 
     def bind_reduce(self, operation, views, out):
         """Sum or stack the replicas' views in replica order."""
-        arrays, total = [array_of(v) for v in views], array_of(out)
+        arrays, total = [host_array(v) for v in views], host_array(out)
 
         def reduce():
             total[...] = np.stack(arrays) if operation == "gather" else sum(arrays[1:], arrays[0])
@@ -116,24 +115,11 @@ class Backend(DeviceBackend):
 _one_at_a_time = threading.Lock()  # shared memory and fibers are static
 
 
-def array_of(view):
-    """Return the ndarray on a View's memory: for this backend alone, whose memory is the host's."""
-    span = sum((s - 1) * d for s, d in zip(view.shape, view.element_strides, strict=True)) + 1 if view.size else 0
-    buffer = (ctypes.c_char * (span * view.dtype.itemsize)).from_address(view.pointer)
-    buffer.keeps = view.memory
-    strides = tuple(s * view.dtype.itemsize for s in view.element_strides)
-    return np.ndarray(view.shape, view.dtype, buffer, 0, strides)
-
-
 def _matrix(view, transposed, rows, columns, step, batch, stride):
     """Return what cuBLAS reads at an address: column-major matrices (batch, rows, columns), perhaps transposed."""
     if transposed:
         return _matrix(view, False, columns, rows, step, batch, stride).swapaxes(1, 2)
-    item = view.dtype.itemsize
-    count = (batch - 1) * stride + (columns - 1) * step + rows
-    buffer = (ctypes.c_char * (count * item)).from_address(view.pointer)
-    buffer.keeps = view.memory
-    return np.ndarray((batch, rows, columns), view.dtype, buffer, 0, (stride * item, item, step * item))
+    return at_address(view, (batch, rows, columns), (stride, 1, step))
 
 
 def _libc():

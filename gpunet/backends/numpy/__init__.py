@@ -4,6 +4,7 @@ Where `fast_<stem>.py` has the function too, that one is bound: it is called onc
 the call to replay, or None for a case that it leaves to the definition.
 """
 
+import os
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from gpunet.backends.numpy.scratch import Scratch
+from gpunet.backends.numpy.values import put, wide
 from gpunet.errors import GpunetError
 
 REDUCE_BLOCK = 16384  # elements summed at a time, so that partial sums stay in the cache
@@ -20,17 +22,42 @@ class Backend:
     """Runs lists on the CPU, one Python call an entry."""
 
     name = "numpy"
-    conv_engine = "blocked"
     workspace_bytes = 8 << 20
+
+    blas, fuses, graphs = True, False, False
 
     def __init__(self, fast=True):
         self.fast = fast
+
+    @property
+    def replicas(self):
+        """One a core that this process may use."""
+        return len(os.sched_getaffinity(0))
+
+    def engine(self, types):
+        """Return "blocked", or for 16-bit floats the portable engine: their products are not BLAS's."""
+        return "blocked" if types.real.itemsize > 2 else "unfold"
+
+    def parts(self, rows, tiles):
+        """Return 1: a replica is one core."""
+        return 1
+
+    def prepare(self, launches):
+        """Nothing is compiled."""
 
     def allocate(self, nbytes):
         """Return zeroed bytes, aligned to 64."""
         memory = np.zeros(nbytes + 64, np.uint8)
         start = -memory.ctypes.data % 64
         return memory[start : start + nbytes]
+
+    def allocate_shared(self, nbytes):
+        """Return zeroed bytes: all memory here is the host's."""
+        return self.allocate(nbytes)
+
+    def peek(self, view):
+        """Return the view."""
+        return view
 
     def adopt(self, array):
         """Return the bytes of a contiguous host array, which is used as it is."""
@@ -49,6 +76,26 @@ class Backend:
     def download(self, view):
         """Return a copy."""
         return view.copy()
+
+    def synchronize(self):
+        """Nothing runs on its own."""
+
+    def memory(self):
+        """Return None: the host's memory is the system's affair."""
+
+    def mark(self):
+        """Return nothing: what was launched is done."""
+
+    def stage(self, pairs, after):
+        """Copy at once."""
+        for view, array in pairs:
+            np.copyto(view, array)
+
+    def wait(self, event):
+        """Nothing is under way."""
+
+    def finish(self, event):
+        """Nothing is under way."""
 
     def workspace(self):
         """Return the scratch buffer of one replica."""
@@ -71,8 +118,13 @@ class Backend:
             )
         return partial(twin, *arguments)
 
-    def bind_matmul(self, a, b, out, accumulate, workspace):
-        """Multiply straight into `out`; an accumulating one goes by row blocks through scratch."""
+    def bind_matmul(self, a, b, out, accumulate, compute, workspace):
+        """Multiply straight into `out`; an accumulating one goes by row blocks through scratch.
+
+        16-bit operands are multiplied in float32, on copies that are allocated at every replay: right, and slow.
+        """
+        if 2 in (a.itemsize, out.itemsize):
+            return lambda: put(out, wide(a) @ wide(b), accumulate)
         if not accumulate:
             return partial(np.matmul, a, b, out=out)
         workspace.reset()

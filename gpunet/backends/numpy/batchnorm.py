@@ -45,7 +45,7 @@ def batchnorm_inverse(variance, inverse, eps, c):
 
 def batchnorm_forward(x, mean, inverse, gamma, beta, y, rows, c):
     """y = gamma * xhat + beta with xhat = (x - mean) * inverse."""
-    y.reshape(rows, c)[:] = _normalised(x, mean, inverse, rows, c) * gamma + beta
+    y.reshape(rows, c)[:] = _affine(x, mean, inverse, gamma, beta, rows, c)
 
 
 def batchnorm_backward_sums(dy, x, mean, inverse, sums, rows, c, parts):
@@ -70,5 +70,37 @@ def batchnorm_backward(dy, x, mean, inverse, gamma, sums, dx, total, rows, c):
     dx.reshape(rows, c)[:] = gamma * inverse * (wide(dy.reshape(rows, c)) - sum_dy - xhat * sum_weighted)
 
 
+def batchnorm_relu_forward(x, mean, inverse, gamma, beta, y, rows, c):
+    """y = max(gamma * xhat + beta, 0); a NaN stays one."""
+    y.reshape(rows, c)[:] = np.maximum(_affine(x, mean, inverse, gamma, beta, rows, c), 0)
+
+
+def batchnorm_add_relu_forward(x, mean, inverse, gamma, beta, residual, y, rows, c):
+    """y = max(gamma * xhat + beta + residual, 0); a NaN stays one."""
+    z = _affine(x, mean, inverse, gamma, beta, rows, c)
+    y.reshape(rows, c)[:] = np.maximum(z + wide(residual.reshape(rows, c)), 0)
+
+
+def batchnorm_relu_backward_sums(dy, x, mean, inverse, gamma, beta, sums, rows, c, parts):
+    """batchnorm_backward_sums of dy where gamma * xhat + beta > 0, else 0."""
+    passed = _passed(dy, x, mean, inverse, gamma, beta, rows, c)
+    batchnorm_backward_sums(passed, x, mean, inverse, sums, rows, c, parts)
+
+
+def batchnorm_relu_backward(dy, x, mean, inverse, gamma, beta, sums, dx, total, rows, c):
+    """batchnorm_backward of dy where gamma * xhat + beta > 0, else 0."""
+    passed = _passed(dy, x, mean, inverse, gamma, beta, rows, c)
+    batchnorm_backward(passed, x, mean, inverse, gamma, sums, dx, total, rows, c)
+
+
 def _normalised(x, mean, inverse, rows, c):
     return (wide(x.reshape(rows, c)) - mean) * inverse
+
+
+def _affine(x, mean, inverse, gamma, beta, rows, c):
+    return _normalised(x, mean, inverse, rows, c) * gamma + beta
+
+
+def _passed(dy, x, mean, inverse, gamma, beta, rows, c):
+    """Return what ReLU lets back of dy."""
+    return np.where(_affine(x, mean, inverse, gamma, beta, rows, c) > 0, wide(dy.reshape(rows, c)), 0)

@@ -1,4 +1,4 @@
-"""Definitions of kernels/elementwise.cu: sums, joining channels, bias."""
+"""Definitions of kernels/elementwise.cu: sums, joining channels, bias, casts."""
 
 import numpy as np
 
@@ -36,3 +36,8 @@ def column_sum(x, sums, rows, c, parts):
 def sum_parts(x, y, accumulate, parts, n):
     """y (+)= sum over p of x[p]."""
     put(y.reshape(n), x.reshape(parts, n).sum(axis=0), accumulate)
+
+
+def cast_forward(x, y, n):
+    """y = x, rounded to the type of y."""
+    y.reshape(n)[:] = x.reshape(n)

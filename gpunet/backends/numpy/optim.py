@@ -19,11 +19,12 @@ def gradient_norm(g, norms, n, parts):
 def gradient_finish(norms, sums, rates, table, state, clip, dynamic, parts, steps, rows):
     """norm = sqrt(sum of norms) / (count * loss_scale), count = sums[2]: writes state and a row of the table.
 
-    If norm and the loss sums[0] are finite: apply = 1, gradient_scale = min(1, clip / norm) / (count *
+    If norm and the loss sums[0] are finite and halt < 0: apply = 1, gradient_scale = min(1, clip / norm) / (count *
     loss_scale) (clip 0: no min), good += 1, and where dynamic, GOOD_STEPS good steps double loss_scale.
-    If not: apply = good = 0, gradient_scale stays; where dynamic, loss_scale halves down to 1, else
-    halt = state.batch unless it is set. state.count = count. Row update % rows: loss / count, hits / count,
-    count, norm, rate of group 0, gradient_scale, apply, batch.
+    If not: apply = good = 0, gradient_scale stays; and unless halt was set before, loss_scale halves, to no
+    less than 1, where dynamic and above 1, else halt = state.batch. state.count = count. Row update % rows:
+    loss / count, hits / count, count, norm, rate of group 0, gradient_scale, 1 applied, 0 skipped or
+    -1 halted, batch, update + 1.
     """
     loss, hits, count, _ = sums.reshape(4)
     loss_scale = float(state["loss_scale"])
@@ -31,20 +32,22 @@ def gradient_finish(norms, sums, rates, table, state, clip, dynamic, parts, step
         norm = np.sqrt(norms.reshape(parts).sum()) / (count * loss_scale)
         mean_loss, accuracy = loss / count, hits / count
         clipped = min(1, clip / norm) if clip else 1
-    apply = np.isfinite(norm) and np.isfinite(loss)
+    apply = np.isfinite(norm) and np.isfinite(loss) and state["halt"] < 0
     state["apply"], state["count"] = apply, count
     state["good"] = state["good"] + 1 if apply else 0
     if apply:
         state["gradient_scale"] = clipped / (count * loss_scale)
         if dynamic and state["good"] >= GOOD_STEPS:
             state["loss_scale"], state["good"] = loss_scale * 2, 0
-    elif dynamic:
-        state["loss_scale"] = max(loss_scale / 2, 1)
     elif state["halt"] < 0:
-        state["halt"] = state["batch"]
+        if dynamic and loss_scale > 1:
+            state["loss_scale"] = max(loss_scale / 2, 1)
+        else:
+            state["halt"] = state["batch"]
     rate = float(_rate(rates, state, steps)) * state["lr_scale"][0]
-    row = mean_loss, accuracy, count, norm, rate, state["gradient_scale"], apply, state["batch"]
-    table.reshape(rows, 8)[int(state["update"]) % rows] = row
+    verdict, update = apply if state["halt"] < 0 else -1, int(state["update"])
+    row = mean_loss, accuracy, count, norm, rate, state["gradient_scale"], verdict, state["batch"], update + 1
+    table.reshape(rows, 9)[update % rows] = row
 
 
 def sgd_update(

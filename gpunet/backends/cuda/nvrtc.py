@@ -1,39 +1,45 @@
-"""NVRTC by ctypes: what CUDA's compiler says to a kernel, on a machine without a GPU, a driver or CuPy.
+"""NVRTC by ctypes: CUDA's compiler, which needs no GPU, no driver and no CuPy.
 
-libnvrtc comes from the wheel nvidia-cuda-nvrtc. The options are those CuPy compiles with, its hidden ones too.
+So the tests build what a GPU will run, byte for byte. libnvrtc comes from the wheel nvidia-cuda-nvrtc or a toolkit.
 """
 
 import ctypes
-import importlib.util
 import re
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
+from gpunet.backends.cuda import detect
 from gpunet.errors import GpunetError
 
-LIBRARIES = ("cu13/lib/libnvrtc.so.13", "cuda_nvrtc/lib/libnvrtc.so.12")  # below site-packages/nvidia
+# ftz: denormals count as zero, which is what spares the slow paths of exp, division and square root in float
 OPTIONS = ("-std=c++17", "-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")
 USAGE = re.compile(
-    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame"
-    r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
+    r"Compiling entry function '(?P<kernel>\w+)'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers"
+    r"(?:[^\n]*?(?P<deep>\d+) bytes cumulative stack size)?(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.S,
 )
 
 
 class Usage(NamedTuple):
-    """What a kernel takes: registers and bytes of stack (spills and indexed arrays) a thread, shared bytes a block."""
+    """What a kernel takes: registers a thread, shared bytes a block, and bytes a thread of memory for what should be
+    in registers: its stack (spilled registers, arrays indexed at run time), and what spills store to it and load.
+    """
 
     registers: int
     shared: int
     stack: int
+    spill_stores: int = 0
+    spill_loads: int = 0
 
 
 class Build(NamedTuple):
-    """The compiler's log and the intermediate assembly."""
+    """The compiler's log, the intermediate assembly, and the code for one architecture."""
 
     log: str
     ptx: str
+    cubin: bytes
 
 
 def available() -> bool:
@@ -60,26 +66,49 @@ def build(text: str, name: str, architecture: str = "sm_80", defines: tuple[str,
         if failed:
             kind = library.nvrtcGetErrorString(failed).decode()
             raise GpunetError(f"{name}: {architecture} {' '.join(defines)}: {kind}\n{log}")
-        return Build(log, _text("PTX", program))
+        return Build(log, _text("PTX", program), _bytes("CUBIN", program))
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def usage(log: str) -> dict[str, Usage]:
     """Return {kernel: Usage} from the log of a build."""
-    return {
-        kernel: Usage(int(registers), int(shared or 0), int(stack))
-        for kernel, stack, registers, shared in USAGE.findall(log)
-    }
+    found = {}
+    for match in USAGE.finditer(log):
+        registers, shared, stack, deep, stores, loads = (
+            int(match[name] or 0) for name in ("registers", "shared", "stack", "deep", "stores", "loads")
+        )
+        found[match["kernel"]] = Usage(registers, shared, max(stack, deep), stores, loads)
+    return found
+
+
+def architectures() -> list[int]:
+    """Return what it compiles for: 75, 80, 90, ..."""
+    library, count = _library(), ctypes.c_int()
+    _check(library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    known = (ctypes.c_int * count.value)()
+    _check(library.nvrtcGetSupportedArchs(known))
+    return sorted(known)
+
+
+def version() -> str:
+    """Return its version, such as "13.0"."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
 
 
 def _text(what, program):
+    return _bytes(what, program).rstrip(b"\0").decode()
+
+
+def _bytes(what, program):
     """Return what nvrtcGet<what> gives, whose size nvrtcGet<what>Size gives."""
     library, size = _library(), ctypes.c_size_t()
     _check(getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
     _check(getattr(library, f"nvrtcGet{what}")(program, buffer))
-    return buffer.value.decode()
+    return buffer.raw
 
 
 def _check(code):
@@ -92,12 +121,11 @@ def _library():
     file = _file()
     if file is None:
         raise GpunetError("NVRTC: there is no libnvrtc; pip install nvidia-cuda-nvrtc")
-    library = ctypes.CDLL(str(file))
+    library = ctypes.CDLL(file)
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library
 
 
+@cache
 def _file():
-    spec = importlib.util.find_spec("nvidia")
-    roots = spec.submodule_search_locations if spec else ()
-    return next((file for root in roots for part in LIBRARIES if (file := Path(root, part)).is_file()), None)
+    return detect.look().nvrtc
