@@ -125,10 +125,11 @@ def _stored(view, name):
     """Return (transposed, leading dimension) of a row-major matrix that cuBLAS is to read as its transpose."""
     rows, columns = view.shape[-2:]
     down, along = view.element_strides[-2:]
-    if along == 1 or columns == 1:
-        return False, max(down if rows > 1 else columns, columns, 1)
-    if down == 1 or rows == 1:
-        return True, max(along, rows, 1)
+    down, along = down if rows > 1 else columns, along if columns > 1 else rows  # of one row or column: never taken
+    if (along == 1 or columns == 1) and down >= columns:
+        return False, down
+    if (down == 1 or rows == 1) and along >= rows:
+        return True, along
     raise GpunetError(f"matmul: {name}: expected rows or columns of neighbours, got strides {view.element_strides}")
 
 
@@ -297,6 +298,10 @@ class DeviceBackend:
         if 0 in (a.size, b.size):
             raise GpunetError(f"matmul: expected matrices that are not empty, got {a.shape} @ {b.shape}")
         return self.bind_product(Product.of(a, b, out, accumulate, compute))
+
+    def bind_reduce(self, operation, views, out):
+        """There is one replica: a device."""
+        raise GpunetError(f"backend {self.name}: replicas: expected 1, got {len(views)}; it runs on one device")
 
     def bind_call(self, name, views, options, workspace):
         """There is no engine of this name here."""

@@ -42,6 +42,14 @@ class Progress:
         elif time.perf_counter() - self._spoken > QUIET:
             self.line(f"epoch {epoch}/{self._epochs}: {text}, {self.left}")
 
+    def compiling(self, done, count):
+        """Show how many kernel files are compiled; off a terminal now and then."""
+        text = f"kernels {done}/{count}"
+        if self._bar:
+            self._tqdm.set_description(text)
+        elif time.perf_counter() - self._spoken > QUIET:
+            self.line(f"compiling {text}")
+
     @property
     def left(self):
         """The time that the rest should take."""

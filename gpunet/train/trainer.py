@@ -88,6 +88,7 @@ class _Training:
         self.run_directory = Run.create(self.config)
         self.batches, epochs = self.step.batches, self.config.train.epochs
         self.progress = Progress(epochs * len(self.data.train), epochs, trainer.show)
+        self.step.backend.show = self.progress.compiling
         self.rows, self.best = [], None
         self.epoch = self.seen = self.images = 0
         self.steps, self.explained = 0, False  # steps taken, and whether it was said that not all of them count

@@ -5,6 +5,7 @@ gpunet.backends.device, which the emulator shares.
 """
 
 import ctypes
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from gpunet.backends import cache as kernel_cache
@@ -26,7 +27,8 @@ class Memory:
         self.pointer, self.nbytes, self._free = pointer, nbytes, free
 
     def __del__(self):
-        self._free(self.pointer)
+        if not sys.is_finalizing():  # then the driver has freed it
+            self._free(self.pointer)
 
 
 class Backend(DeviceBackend):

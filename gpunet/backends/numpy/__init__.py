@@ -24,7 +24,7 @@ class Backend:
     name = "numpy"
     workspace_bytes = 8 << 20
 
-    blas, fuses, graphs = True, False, False
+    blas, fuses, graphs, show = True, False, False, None
 
     def __init__(self, fast=True):
         self.fast = fast
