@@ -160,6 +160,23 @@ def doctor(
         raise typer.Exit(probes.parity(backend))
 
 
+@app.command(name="kernel-test")
+def kernel_test(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME|PATH", help="Kernels, families of them, your own x.cu with x.py; else all."),
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="emulator|sanitizers|compile")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Compile for every architecture and type, not only for the commonest.")
+    ] = False,
+):
+    """Prove CUDA kernels on this CPU: against NumPy, under sanitizers, through CUDA's compiler; no GPU is needed."""
+    from gpunet.testing.kernel_test import main
+
+    raise typer.Exit(main(names or (), only, everything))
+
+
 @data_app.command()
 def fetch(name: Annotated[str, typer.Argument(metavar="cifar10|cifar100")]):
     """Download a data set into the cache folder, unless it is there."""

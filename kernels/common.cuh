@@ -10,9 +10,7 @@
 // to nearest even, with the same bits on a GPU and under g++. Literals are written wide(0.5): a float kernel
 // never computes in double, nor a double one in float.
 //
-// Outside CUDA the shim must define __global__, __device__, __shared__, blockIdx, threadIdx, gridDim,
-// __syncthreads, __shfl_xor_sync for 4- and 8-byte types, and in the global namespace the overloads of exp,
-// erf, log, sqrt, tanh, min and max. No kernel uses more of CUDA than that.
+// Outside of CUDA its words come from emulator/cuda.h, which is the list of what a kernel may use.
 #ifndef GPUNET_COMMON
 #define GPUNET_COMMON
 

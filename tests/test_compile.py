@@ -14,6 +14,7 @@ from gpunet.backends.cuda import nvrtc
 from gpunet.core import sources
 from gpunet.core.state import STATE
 from gpunet.errors import GpunetError
+from gpunet.testing import compile as compiling
 
 FILES = sorted(resources.kernels().glob("*.cu"))
 TYPES = ("float", "double", "half", "bfloat16")
@@ -79,6 +80,73 @@ def test_unknown_types_are_refused():
         nvrtc.compile(text, "activation.cu", defines=("REAL=float16",))
     with pytest.raises(GpunetError, match="PIXEL must be uint8 or float"):
         nvrtc.compile(text, "activation.cu", defines=("PIXEL=int8",))
+
+
+HUNGRY = """
+extern "C" __global__ __launch_bounds__(1024) void spills(const float* x, float* y, int n) {
+    __shared__ float s[300];
+    float a[96];
+#pragma unroll
+    for (int i = 0; i < 96; i++) a[i] = x[i * n];
+    s[threadIdx.x] = a[3];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 96; i++) y[i * n] = a[i] * a[i * 7 % 96] + s[i];
+}
+static __device__ __noinline__ float indexed(const float* x, int n) {
+    float a[50];
+    for (int i = 0; i < 50; i++) a[i * n % 50] = x[i];
+    return a[n];
+}
+static __device__ __noinline__ float plain(const float* x, int n) { return x[n]; }
+extern "C" __global__ void calls(float* x, int n) {
+    float (*way)(const float*, int) = n > 3 ? indexed : plain;
+    x[0] = way(x, n);
+}
+extern "C" __global__ void modest(float* x, int n) { x[n] = 1; }
+"""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_120"])
+def test_usage_is_read_from_the_log(architecture):
+    usage = nvrtc.usage(nvrtc.compile(HUNGRY, "hungry.cu", architecture))
+    assert usage.keys() == {"spills", "calls", "modest"}
+    assert usage["spills"].registers == 64 and usage["spills"].shared == 1200
+    assert min(usage["spills"][2:]) > 100  # stack, bytes that spills store, and load
+    assert usage["calls"].stack >= 200 and usage["calls"][3:] == (0, 0)  # of the function that it calls
+    assert 0 < usage["modest"].registers < 64 and usage["modest"][1:] == (0, 0, 0, 0)
+
+
+@needs_nvrtc
+def test_the_matrix_of_architectures_and_types():
+    """What `gpunet kernel-test` builds; here only what it would."""
+    folder, common = resources.kernels(), ("float", "half")
+    expected = {"sm_75": common, "sm_80": TYPES, "sm_90a": common, "sm_120": common}
+    for stem in ("conv", "augment"):
+        found = compiling.targets(folder / f"{stem}.cu")
+        assert len(found) == len(set(found))
+        by_type = {(t.architecture, t.real) for t in found if t.pixel == "uint8"}
+        assert by_type == {(name, real) for name, types in expected.items() for real in types}
+        other = [t for t in found if t.pixel != "uint8"]
+        assert other == ([("sm_80", "float", "float")] if stem == "augment" else [])
+    everything = compiling.targets(folder / "conv.cu", everything=True)
+    names = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+    assert sorted(everything) == sorted((name, real, "uint8") for name in names for real in TYPES)
+
+
+def test_a_stack_or_a_spill_is_said_by_kernel_architecture_and_type():
+    kernel = sources.kernels()["fold"]
+    usages = [(40, 0, 0, 0, 0), (64, 0, 16, 0, 0), (64, 0, 16, 12, 8), (32, 0, 16, 0, 0)]
+    targets = [("sm_75", "half"), ("sm_80", "half"), ("sm_80", "float", "float"), ("sm_80", "float")]
+    rows = [
+        compiling.Row(kernel, compiling.Target(*target), nvrtc.Usage(*usage))
+        for target, usage in zip(targets, usages, strict=True)
+    ]
+    assert compiling.problems(rows) == [
+        "fold: 16 bytes of stack a thread, for arrays indexed at run time: sm_80 (half, float)",
+        "fold: 16 bytes of stack a thread, spills store 12 and load 8 bytes: sm_80 (float with float pixels)",
+    ]
 
 
 @needs_nvrtc

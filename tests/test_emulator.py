@@ -10,7 +10,7 @@ from gpunet import resources
 from gpunet.core import sources
 from gpunet.core.trace import Base, Tensor
 from gpunet.errors import GpunetError
-from gpunet.testing import parity, sanitize, user
+from gpunet.testing import kernel_test, parity, sanitize, user
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="the emulator: there is no g++"),
@@ -96,8 +96,8 @@ SOME = ("column_sum", "dropout_apply", "fold", "softmax_cross_entropy", "sgd_upd
 @pytest.mark.parametrize("kind", sanitize.KINDS)
 def test_no_sanitizer_complains(kind):
     """One kernel of each way to use memory; `gpunet kernel-test` does it for all."""
-    complaints = sanitize.run(kind, SOME)
-    assert complaints == {name: [] for name in SOME}
+    found = kernel_test.complaints(kind, SOME)
+    assert found == {name: [] for name in SOME}
 
 
 # Planted bugs
@@ -108,13 +108,13 @@ def test_the_right_kernel_is_right(planted, order):
     path = planted()
     assert outcome(path, order).problem is None
     for kind in sanitize.KINDS:
-        assert sanitize.run(kind, path=path) == {"reverse": []}
+        assert kernel_test.complaints(kind, [str(path)]) == {"reverse": []}
 
 
 def test_a_missing_barrier_is_a_race_whatever_the_result(planted):
     """In the other order of threads the result happens to be wrong; ThreadSanitizer names both lines in any."""
     path = planted("    __syncthreads();\n")
-    found = sanitize.run("thread", path=path)["reverse"]
+    found = kernel_test.complaints("thread", [str(path)])["reverse"]
     assert found and all("data race" in text for text in found)
     places = {f"reverse.cu:{line_of(path, text)}" for text in ("tile[threadIdx.x] =", "store(y + at")}
     assert any(all(place in text for place in places) for text in found)
@@ -129,19 +129,19 @@ def test_shared_memory_is_never_what_the_last_block_left(planted):
 def test_a_missing_bounds_guard_is_found_at_its_line(planted):
     path = planted("if (at < n) tile[threadIdx.x] = load(x + at);", "tile[threadIdx.x] = load(x + at);")
     assert outcome(path).problem is None  # the values are right: nobody reads those behind the end
-    found = sanitize.run("address", path=path)["reverse"]
+    found = kernel_test.complaints("address", [str(path)])["reverse"]
     assert any("heap-buffer-overflow" in text and f"reverse.cu:{line_of(path, 'load(x')}" in text for text in found)
 
 
 def test_an_index_outside_of_a_shared_array_is_found(planted):
     path = planted("tile[count - 1 - threadIdx.x]", "tile[count - 1 - threadIdx.x + 256]")
-    found = sanitize.run("address", path=path)["reverse"]
+    found = kernel_test.complaints("address", [str(path)])["reverse"]
     assert any("out of bounds" in text and "reverse.cu" in text for text in found)
 
 
 def test_a_misaligned_vector_load_is_found(planted):
     path = planted("load(x + at);", "at + 4 < n ? ((const Four<real>*)(x + at))->at[0] : x[at];")
-    found = sanitize.run("address", path=path)["reverse"]
+    found = kernel_test.complaints("address", [str(path)])["reverse"]
     assert any("misaligned address" in text and f"reverse.cu:{line_of(path, 'Four')}" in text for text in found)
 
 

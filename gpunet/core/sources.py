@@ -150,6 +150,12 @@ def _inline(path, seen):
                 lines.append("")
             continue
         target = (path.parent / include[1]).resolve()
+        if not target.is_file():  # a user's file takes gpunet's own headers
+            target = (resources.kernels() / include[1]).resolve()
+        if not target.is_file():
+            raise GpunetError(
+                f'{path}:{number}: expected "{include[1]}" beside it or among gpunet\'s headers in {resources.kernels()}'
+            )
         if target not in seen:
             seen.add(target)
             lines.append(_inline(target, seen))

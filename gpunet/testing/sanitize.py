@@ -1,17 +1,6 @@
-"""Kernels under AddressSanitizer with UBSan, or ThreadSanitizer: in a child process, which must load them first.
+"""AddressSanitizer with UBSan, and ThreadSanitizer: how they are started, and what their words come to."""
 
-    complaints = run("thread", ["column_sum"])      # {kernel: [what was found, with its place]}
-
-As a program it is that child: it runs the cases of kernels in float and lets the sanitizer write to stderr.
-"""
-
-import json
-import os
 import re
-import subprocess
-import sys
-
-from gpunet.errors import GpunetError
 
 KINDS = ("address", "thread")
 OPTIONS = {
@@ -19,28 +8,8 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=0",
     "TSAN_OPTIONS": "exitcode=0:report_bugs=1:history_size=4",
 }
-MARK = "gpunet kernel "
 FOUND = re.compile(r"(?:ERROR: AddressSanitizer: |WARNING: ThreadSanitizer: |: runtime error: )[^\n]*")
 PLACE = re.compile(r"([\w./-]+\.cuh?):(\d+)")
-SECONDS = 600  # after which a child is given up
-
-
-def run(kind, names=(), path=None):
-    """Return {kernel: [complaints]} for shipped kernels by name (all unless told), or those of a user's file."""
-    from gpunet.backends.emulator.build import runtime
-
-    if kind not in KINDS:
-        raise GpunetError(f"sanitizer: expected one of {', '.join(KINDS)}, got '{kind}'")
-    command = [sys.executable, "-m", "gpunet.testing.sanitize", kind, str(path or ""), *names]
-    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": runtime(kind), "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, errors="replace")
-    if done.returncode:
-        raise GpunetError(f"{kind} sanitizer: its child failed, exit code {done.returncode}:\n{done.stderr[-4000:]}")
-    complaints = {name: [] for name in json.loads(done.stdout.splitlines()[-1])}
-    for part in done.stderr.split(MARK)[1:]:
-        name, _, text = part.partition("\n")
-        complaints[name.strip()] += found(text)
-    return complaints
 
 
 def found(text):
@@ -54,29 +23,3 @@ def found(text):
         places = list(dict.fromkeys(f"{m[1].rsplit('/', 1)[-1]}:{m[2]}" for m in PLACE.finditer(report)))
         complaints[f"{what} ({', '.join(places[:3]) or 'no place in a kernel'})"] = None
     return list(complaints)
-
-
-def main(kind, path, *names):
-    """Run every case in float; what the sanitizer says goes to stderr between marks."""
-    import numpy as np
-
-    from gpunet.backends.emulator import Backend
-    from gpunet.testing import parity, user
-    from gpunet.testing.cases import SIZES
-
-    backend = Backend("mixed", sanitizer=kind, most_blocks=3)
-    chosen = user.subjects(path) if path else parity.subjects(names)
-    backend.compile(parity.wanted(chosen, ("float32",)))
-    for subject in chosen:
-        print(f"{MARK}{subject.kernel.name}", file=sys.stderr, flush=True)
-        for size in range(SIZES):
-            arguments = subject.case(np.random.default_rng(size), size, *parity.TYPES["float32"])
-            try:
-                backend.bind_launch(subject.kernel, parity.on_device(backend, arguments), None)()
-            except GpunetError:
-                break  # the emulator's own complaint: parity reports it
-    print(json.dumps([s.kernel.name for s in chosen]))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
