@@ -38,11 +38,17 @@ setup(
         # setuptools: the tests build the wheel that they check
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "nvidia-cuda-nvrtc>=13,<14",
-            "nvidia-cuda-runtime>=13,<14",
             "setuptools>=77",
+            "tensorboardX",
+            # exported networks are checked by the first and run by the second: wheels of 9 and 28 MB
+            "onnx>=1.15",
+            "onnxruntime>=1.16",
         ],
+        "onnx": ["onnx>=1.15"],
+        "tensorboard": ["tensorboardX"],
         "bench": ["torch"],
         # one ruff at a time: a newer one brings new rules
         "dev": ["ruff>=0.17,<0.18", "build"],

@@ -33,15 +33,29 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 @app.command()
 def train(
-    config: Recipe,
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped recipe.")
+    ] = None,
     overrides: Overrides = None,
     data: Folder = None,
     backend: Backend = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Where run directories go.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="Go on with a run as if it had not ended.")
+    ] = None,
+    inexact: Annotated[
+        bool, typer.Option("--inexact", help="Go on although the weights will not be the same bit for bit.")
+    ] = False,
 ):
     """Train a recipe; leave a run directory with checkpoints, metrics, curves and a report."""
     from gpunet.train import Trainer
 
+    if resume is not None:
+        _resume(resume, config, overrides or [], data, backend, out, inexact)
+        return
+    if config is None or inexact:
+        expected = "--resume RUN beside --inexact" if inexact else "a CONFIG, or --resume RUN"
+        raise GpunetError(f"train: expected {expected}")
     loaded = _load(config, overrides, data, backend)
     if out is not None:
         loaded.run.directory = out
@@ -55,23 +69,43 @@ def evaluate(
     checkpoint: Which = None,
     data: Folder = None,
     backend: Backend = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FOLDER", help="Where pictures go; evaluation-SPLIT in the run.")
+    ] = None,
+    numbers: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
 ):
-    """Measure the network of a run on a split of its data set: loss, accuracy, each class."""
+    """Measure a run's network on a split: accuracy, likelihood, calibration, each class; draw them and its mistakes."""
+    import json
+
     from gpunet.train.build import build_data
-    from gpunet.train.report import class_rows
+    from gpunet.train.checkpoint import write_whole
+    from gpunet.train.predictor import Predictor
+    from gpunet.train.report import class_rows, write_pictures
     from gpunet.train.run import Run
     from gpunet.train.text import columns
 
     opened = Run.open(run)
     config = _place(opened.config(), data, backend)
-    predictor = _predictor(opened, checkpoint, config.train.backend)
+    kept = opened.checkpoint(checkpoint)
+    predictor = Predictor.load(kept, config.train.backend)
     dataset = build_data(config)
     if dataset.note:
         print(f"note: {dataset.note}", file=sys.stderr)
     found = predictor.evaluate(dataset, split)
-    print(f"{split} of {dataset.name}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f}, {found.count:,} images")
+    first, *others = found.lines()
+    print(f"{split} of {dataset.name}: {' '.join(first)}, {found.count:,} images")
+    if others:
+        print(columns(others, 2))
     if found.confusion is not None:
         print(columns(class_rows(found.confusion, predictor.classes), 1))
+    if numbers is not None:
+        about = {"run": opened.path.name, "checkpoint": kept.place, "epoch": kept.about["epoch"]}
+        about |= {"set": dataset.name, "note": dataset.note, "split": split, **found.numbers(predictor.classes)}
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
+        write_whole(Path(numbers), f"{{\n{lines}\n}}\n".encode())
+    folder = Path(out) if out is not None else opened.path / f"evaluation-{split}"
+    for name in write_pictures(folder, config, dataset, split, found):
+        print(folder / f"{name}.png")
 
 
 @app.command()
@@ -97,6 +131,55 @@ def predict(
 
 
 @app.command()
+def export(
+    run: RunPath,
+    file: Annotated[str, typer.Argument(metavar="FILE.onnx", help="The file to write.")],
+    checkpoint: Which = None,
+    batch: Annotated[str, typer.Option("--batch", metavar="N|dynamic", help="Images a call.")] = "dynamic",
+    pixels: Annotated[
+        str, typer.Option("--pixels", metavar="uint8|float32", help="The type of the raw pixels that it takes.")
+    ] = "uint8",
+):
+    """Write the network of a run as an ONNX file: raw pixels in, logits and probabilities out."""
+    from gpunet.export import IR, OPSET, onnx
+    from gpunet.train.run import Run
+    from gpunet.train.text import size
+
+    if not file.endswith(".onnx"):
+        raise GpunetError(f"export: expected a file name that ends in .onnx, got '{file}'")
+    if batch != "dynamic" and not (batch.isascii() and batch.isdigit()):
+        raise GpunetError(f"export: --batch: expected a whole number or dynamic, got '{batch}'")
+    predictor = _predictor(Run.open(run), checkpoint, "numpy")
+    onnx(predictor, file, batch=None if batch == "dynamic" else int(batch), pixels=pixels)
+    shape = ", ".join(map(str, predictor.step.graph.input_shape))
+    count = "n" if batch == "dynamic" else batch
+    outputs = "logits and probabilities" if predictor.loss == "cross_entropy" else "logits"
+    print(f"{file}: {size(Path(file).stat().st_size)}, ONNX opset {OPSET}, IR version {IR}")
+    print(f"images {pixels} ({count}, {shape}), normalised inside -> {outputs}")
+    if predictor.classes:
+        print(f"classes: {', '.join(predictor.classes)}")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, or their names in runs/.")],
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FILE.png", help="The picture; else curves.png or compare.png.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="loss|accuracy|norm|rate", help="Draw only this and the rate.")
+    ] = None,
+):
+    """Draw the curves of a run into it, or those of several runs over each other."""
+    from gpunet.train import compare
+
+    path, left_out = compare.plot(runs, out, metric)
+    for line in left_out:
+        print(line, file=sys.stderr)
+    print(path)
+
+
+@app.command()
 def summary(
     config: Recipe,
     overrides: Overrides = None,
@@ -104,9 +187,11 @@ def summary(
     backend: Backend = None,
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Find its largest batch.")] = None,
     fusions: Annotated[bool, typer.Option("--plan", help="Show which chains of layers are fused.")] = False,
+    picture: Annotated[str | None, typer.Option("--graph", metavar="FILE.svg", help="Draw the network there.")] = None,
 ):
     """Show layers, shapes, weights, FLOPs and planned memory of a recipe; nothing is trained and no image is read."""
     from gpunet.backends import choose
+    from gpunet.train.drawing import write_graph
     from gpunet.train.summary import Plan
     from gpunet.train.text import columns, parse_size, size
 
@@ -122,6 +207,33 @@ def summary(
     print(columns([*((name, size(n)) for name, n in held.items()), ("peak", size(sum(held.values())))], 1))
     if limit is not None:
         print(f"\nlargest batch for {memory}: {plan.largest_batch(limit) or 'none fits'}")
+    if picture is not None:
+        write_graph(picture, plan.graph, f"{loaded.model.name}, from {config}")
+        print(f"\n{picture}")
+
+
+@app.command()
+def profile(
+    config: Recipe,
+    overrides: Overrides = None,
+    data: Folder = None,
+    backend: Backend = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps that are timed.")] = 10,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where trace.json goes.")] = ".",
+):
+    """Time some training steps of a recipe by layer and by kernel, beside what this machine can do.
+
+    trace.json shows every call in chrome://tracing and ui.perfetto.dev. Nothing is trained or fetched: without the data
+    set, random images of its size do.
+    """
+    from gpunet.train.profile import profile as measured
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = measured(_load(config, overrides, data, backend), steps)
+    print(report)
+    report.save(folder / "trace.json")
+    print(folder / "trace.json")
 
 
 @app.command(name="list")
@@ -215,6 +327,26 @@ def show(
     except (OSError, ValueError) as error:
         raise GpunetError(f"--out {out}: cannot be written: {error}") from None
     print(f"{dataset}\n{out}")
+
+
+def _resume(run, config, overrides, data, backend, out, inexact):
+    """Go on with a run; one that has finished is no error."""
+    import json
+
+    from gpunet.train import Trainer
+    from gpunet.train.resume import Finished
+
+    if out is not None:
+        raise GpunetError("train: --out: a run that goes on stays in its directory; leave it out")
+    given = None if config is None else _load(config, overrides, data, backend)
+    places = [("data.directory", data and str(Path(data).absolute())), ("train.backend", backend)]
+    more = [f"{key}={json.dumps(value)}" for key, value in places if value is not None]
+    try:
+        trainer = Trainer.resume(run, overrides=[*overrides, *more], inexact=inexact, given=given)
+    except Finished as end:
+        print(end, file=sys.stderr)
+    else:
+        trainer.fit()
 
 
 def _load(config, overrides, data, backend):

@@ -39,6 +39,7 @@ def gpunet(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("small.toml").write_text(SMALL_TOML)
     monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["gpunet", *map(str, arguments)])

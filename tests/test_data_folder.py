@@ -1,6 +1,7 @@
 """Folders of pictures: every kind of picture file, unreadable ones, the packed copy, what `check` reports."""
 
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -39,7 +40,7 @@ def refused(call, *words, kind=GpunetError):
     with pytest.raises(kind) as caught:
         call()
     text = str(caught.value)
-    assert "\n" not in text and len(text) < 1200
+    assert "\n" not in text and len(re.sub(r"/popen-gw\d+", "", text)) < 1200  # without a test process's own folder
     for word in words:
         assert str(word) in text, text
 

@@ -195,6 +195,13 @@ def test_the_emulator_goes_on_after_an_error(planted):
     assert outcome(path).problem and outcome(path, "backward").problem
 
 
+def test_a_stack_that_is_too_small_is_reported(planted):
+    path = planted("    const long long at", "    volatile char large[66000];\n    LOOP\n    const long long at")
+    path.write_text(path.read_text().replace("LOOP", "for (int i = 0; i < 66000; i += 8) large[i] = 0;"))
+    for order in ORDERS:
+        assert "its local variables take more than the 64 KB of its stack" in outcome(path, order).problem
+
+
 SHUFFLES = """
 // launch: blocks=(n+255)//256
 KERNEL reverse(const int* x /*n*/, int* y /*n*/, long long n) {

@@ -21,7 +21,7 @@ SHIPPED = ("gpunet", "kernels", "configs")
 HEAVY = ("cupy", "matplotlib", "torch", "scipy")
 # A floor imports from itself and from those before it.
 FLOORS = ["errors", "resources", "core", "backends", "nn", "optim", "data", "models", "train", "search"]
-FLOORS += ["testing", "doctor", "cli"]
+FLOORS += ["export", "testing", "doctor", "cli"]
 
 LOOK = """
 import json

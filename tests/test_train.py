@@ -16,12 +16,14 @@ from gpunet.optim import schedules
 from gpunet.train import Predictor, Trainer, parse_config, report, trainer
 from gpunet.train.build import build_graph, build_normalisation
 from gpunet.train.run import Run
+from gpunet.train.signals import Signals
 
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Drawing takes longer than these trainings; one test draws."""
     monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
 
 
 def easy(train=90, validation=20, test=20, side=6):
@@ -67,7 +69,7 @@ def test_it_learns_and_leaves_a_run(config, tmp_path):
     (folder,) = runs(tmp_path)
     assert folder == result.run.path
     assert {p.name for p in folder.iterdir()} == {
-        "config.toml", "metrics.jsonl", "best.safetensors", "last.safetensors", "report.md",
+        "config.toml", "metrics.jsonl", "best.safetensors", "last.safetensors", "report.md", ".lock",
     }  # fmt: skip
 
 
@@ -262,7 +264,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_report(kind, raised, config, tmp_pat
 
 
 def test_a_second_signal_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), trainer._Signals() as signals:
+    with pytest.raises(KeyboardInterrupt), Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.caught == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)

@@ -173,6 +173,7 @@ class DeviceBackend:
     fuses = True
     graphs = False
     most_blocks = BLOCKS
+    versions = {}  # noqa: RUF012 - of what else its results depend on, by name
     show = None  # called with (files compiled, files to compile), for a line of progress
 
     # What the device gives
@@ -290,7 +291,7 @@ class DeviceBackend:
         real, pixel = variant(kernel, arguments)
         addresses, values = pack(kernel, arguments, real)
         call = self.bind_function(kernel, real, pixel, blocks_of(kernel, arguments, self.most_blocks), addresses)
-        call.keeps = arguments, values  # what the addresses point to
+        call.keeps = arguments, addresses, values  # a launch knows where they are, and nothing else refers to them
         return call
 
     def bind_matmul(self, a, b, out, accumulate, compute, workspace):

@@ -92,31 +92,39 @@ class Arenas:
 
 
 class Tensors(MutableMapping):
-    """An arena's tensors by parameter name: reading copies from the device, assigning copies to it."""
+    """Tensors by parameter name: reading copies from the device, assigning copies to it.
 
-    def __init__(self, arenas, name, layout):
-        self._arenas, self._name, self._layout = arenas, name, layout
+    `places` is {parameter: (arena, layout)}, `kind` what errors call them.
+    """
+
+    def __init__(self, arenas, kind, places):
+        self._arenas, self._kind, self._places = arenas, kind, places
 
     def __getitem__(self, name):
-        if name not in self._layout.parameters:
-            raise KeyError(name)
-        return self._layout.slice(self._arenas.get(self._name), name)
+        arena, layout = self._places[name]
+        return layout.slice(self._arenas.get(arena), name)
 
     def __setitem__(self, name, value):
-        if name not in self._layout.parameters:
-            raise GpunetError(f"{self._name}: there is no '{name}'; known: {', '.join(self._layout.parameters)}")
-        value, expected = np.asarray(value), self._layout.parameters[name].shape
+        if name not in self._places:
+            raise GpunetError(f"{self._kind}: there is no '{name}'; known: {', '.join(self._places)}")
+        arena, layout = self._places[name]
+        value, expected = np.asarray(value), layout.parameters[name].shape
         if value.shape != expected:
-            raise GpunetError(f"{self._name}: {name}: expected shape {expected}, got {value.shape}")
-        arena = self._arenas.get(self._name)
-        self._layout.slice(arena, name)[...] = value
-        self._arenas.set(self._name, arena)
+            raise GpunetError(f"{self._kind}: {name}: expected shape {expected}, got {value.shape}")
+        content = self._arenas.get(arena)
+        layout.slice(content, name)[...] = value
+        self._arenas.set(arena, content)
+
+    def copy(self):
+        """Return {name: array} of all; each arena is read once."""
+        contents = {arena: self._arenas.get(arena) for arena in {arena for arena, _ in self._places.values()}}
+        return {name: layout.slice(contents[arena], name) for name, (arena, layout) in self._places.items()}
 
     def __delitem__(self, name):
-        raise GpunetError(f"{self._name}: {name}: a network's tensors cannot be deleted")
+        raise GpunetError(f"{self._kind}: {name}: a network's tensors cannot be deleted")
 
     def __iter__(self):
-        return iter(self._layout.parameters)
+        return iter(self._places)
 
     def __len__(self):
-        return len(self._layout.parameters)
+        return len(self._places)

@@ -22,6 +22,7 @@ class Backend(Protocol):
     blas: bool  # whether calls use the host's BLAS, which is then held at one thread
     fuses: bool  # whether chains of layers run as fused ones
     show: object  # None, or called with (files compiled, files to compile)
+    versions: dict  # {what: version} of its own on which the bits of its results depend
     graphs: bool  # whether a list that is replayed again is captured, by capture(calls) -> call
 
     def engine(self, types):

@@ -16,7 +16,8 @@ class Parameter:
 
     `initial(rng, shape)` gives its first value in float64 on the host. A weight's learning rate and decay are
     multiplied by `rate` and `decay`; a statistic s follows its batch value b by s += rate * (b - s). A constant, which
-    neither trains nor is given a rate, stays as it is.
+    neither trains nor is given a rate, stays as it is. A frozen one, weight or statistic, lies in an arena that no
+    program writes: steps made from then on neither update it nor compute what would only serve that.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +26,7 @@ class Parameter:
     decay: float = 1.0
     group: int = 0
     trainable: bool = True
+    frozen: bool = False
     name: str = field(default="", compare=False)
 
     def __post_init__(self):

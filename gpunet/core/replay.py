@@ -1,19 +1,21 @@
 """Programs planned, bound to memory and replayed in all replicas.
 
 A program is known by a key; `trace(key, replica)` makes one replica's list. All share one scratch memory a replica,
-as large as the largest plan: nothing in it outlives a replay.
+as large as the largest plan: nothing in it outlives a replay. Debugging is a mode of replay: with `observers` the same
+calls are made, and between them the observers look (gpunet.core.observe).
 """
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import numpy as np
 
 from gpunet.core import sources
+from gpunet.core.observe import COLLECTIVES, Output
 from gpunet.core.plan import Plan, plan
 from gpunet.core.replicas import Team
-from gpunet.core.trace import Trace
-
-COLLECTIVES = ("reduce", "barrier")
+from gpunet.core.trace import Base, Tensor, Trace
 
 
 @dataclass
@@ -27,9 +29,10 @@ class Program:
 
 @dataclass
 class Bound:
-    """One replica's calls of a program, and the views of what it keeps."""
+    """One replica's calls of a program, the entry (or None) that each belongs to, and the views of what it keeps."""
 
     calls: list
+    entries: list
     kept: dict
 
 
@@ -44,6 +47,7 @@ class Replay:
         self._workspaces = []
         self._team = None
         self._kept = [{}] * arenas.replicas
+        self.observers = ()
 
     def program(self, key):
         """Return every replica's program, traced and planned but bound to no memory."""
@@ -69,8 +73,11 @@ class Replay:
             self._team = Team(self.arenas.replicas, self.backend.blas)
             self._workspaces = [self.backend.workspace() for _ in range(self.arenas.replicas)]
         bound = [self._bind(key) for key in keys]
-        lists = [[call for b in bound for call in b[r].calls] for r in range(self.arenas.replicas)]
-        self._team.run(self._as_graph(tuple(keys), lists) if self.backend.graphs else lists)
+        if self.observers:
+            self._team.run(self._observed(keys, bound))
+        else:
+            lists = [[call for b in bound for call in b[r].calls] for r in range(self.arenas.replicas)]
+            self._team.run(self._as_graph(tuple(keys), lists) if self.backend.graphs else lists)
         self._kept = [{k: v for b in bound for k, v in b[r].kept.items()} for r in range(self.arenas.replicas)]
 
     def _as_graph(self, keys, lists):
@@ -81,6 +88,71 @@ class Replay:
         if self._graphs[keys] is None:
             self._graphs[keys] = [[self.backend.capture(calls)] for calls in lists]
         return self._graphs[keys]
+
+    def _observed(self, keys, bound):
+        """Return the lists with calls of the observers around each entry; an entry is done before `after` is called.
+
+        A graph's calls are made one by one then, each waited for.
+        """
+        self.backend.synchronize()
+        for observer in self.observers:
+            observer.begin(self, keys)
+        return [
+            [
+                call
+                for key, replicas in zip(keys, bound, strict=True)
+                for call in self._around(key, replicas[r], self._programs[key][r], r)
+            ]
+            for r in range(self.arenas.replicas)
+        ]
+
+    def _around(self, key, bound, program, replica):
+        """Yield the calls of one program in one replica, and the observers' around each entry."""
+        outputs = self._outputs(program, replica)
+        pairs = zip(bound.entries, bound.calls, strict=True)
+        for _, group in groupby(pairs, lambda pair: id(pair[0])):
+            entry, calls = (group := list(group))[0][0], [call for _, call in group]
+            if entry is None:
+                yield from calls
+                continue
+            yield from (partial(o.before, key, entry, replica) for o in self.observers)
+            yield from calls
+            yield self.backend.synchronize
+            yield from (partial(o.after, key, entry, outputs[entry], replica) for o in self.observers)
+
+    def _outputs(self, program, replica):
+        """Return {entry: [Output]}: what is whole then, and read afterwards.
+
+        Workspace that an engine declares is never read. What launches of one kernel write by parts (concat_forward) is
+        whole after the last of them.
+        """
+        read, found, writer = {t.base for t in program.trace.kept.values()}, {}, {}
+        for entry in reversed(program.plan.entries):
+            found[entry] = [
+                Output(name, t.shape, t.dtype, partial(self._fetch, program, replica, t))
+                for name, t in zip(_output_names(entry), entry.writes, strict=True)
+                if t.base.arena is not None or (t.base in read and writer.get(t.base) != entry.name)
+            ]
+            writer.update({t.base: entry.name for t in entry.writes if entry.kind == "launch"})
+            writer.update(dict.fromkeys((t.base for t in entry.reads), None))
+            read.update(t.base for t in entry.reads)
+        return found
+
+    def _fetch(self, program, replica, tensor):
+        """Return a host copy of a tensor, also of one whose elements do not follow each other."""
+        if tensor.contiguous:
+            return self.backend.download(self._view(program, replica, tensor))
+        span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True)) + 1
+        flat = Tensor(tensor.base, (span,), tensor.dtype, tensor.offset)
+        host = self.backend.download(self._view(program, replica, flat))
+        return np.lib.stride_tricks.as_strided(host, tensor.shape, [s * host.itemsize for s in tensor.strides])
+
+    def spoil(self):
+        """Fill the scratch memory with NaN, of whatever type it is read as."""
+        for memory in self._scratch:
+            nbytes = self.scratch_bytes()
+            view = self.backend.view(memory, 0, Tensor(Base(nbytes), (nbytes,), np.dtype(np.uint8)))
+            self.backend.upload(view, np.uint8(0xFF))
 
     def largest(self, count=5):
         """Return [(bytes, path)] of the largest tensors in the largest program known so far."""
@@ -114,7 +186,7 @@ class Replay:
         return self._bound[key]
 
     def _bind_replica(self, programs, replica):
-        program, calls = programs[replica], []
+        program, calls, owners = programs[replica], [], []
         entries = program.plan.entries
         if program.idle is not None:
             for arena in program.idle:
@@ -122,7 +194,7 @@ class Replay:
                 calls.append(lambda view=view: self.backend.upload(view, np.zeros((), view.dtype)))
             entries = [e for e in entries if e.kind in COLLECTIVES]
             calls += [self._team.wait] * len(entries)
-            return Bound(calls, {})
+            return Bound(calls, [None] * len(calls), {})
         for i, entry in enumerate(entries):
             if entry.kind in COLLECTIVES:
                 calls.append(self._team.wait)
@@ -130,7 +202,8 @@ class Replay:
                 calls.append(self._bind_reduce(programs, replica, i))
             elif entry.kind != "barrier":
                 calls.append(self._bind_entry(program, replica, entry))
-        return Bound(calls, {name: self._view(program, replica, t) for name, t in program.trace.kept.items()})
+            owners += [entry] * (len(calls) - len(owners))
+        return Bound(calls, owners, {name: self._view(program, replica, t) for name, t in program.trace.kept.items()})
 
     def _bind_entry(self, program, replica, entry):
         views = [self._view(program, replica, a) if hasattr(a, "base") else a for a in entry.arguments]
@@ -156,3 +229,10 @@ class Replay:
         if base.arena is not None:
             return self.backend.view(self.arenas.memory(base.arena, replica), 0, tensor)
         return self.backend.view(self._scratch[replica], program.plan.offsets[base], tensor)
+
+
+def _output_names(entry):
+    """Return the name of each tensor that an entry writes: the kernel's argument, or what there is to say."""
+    if entry.kind == "launch":
+        return [a.name for a in sources.kernels()[entry.name].arguments if a.output]
+    return ["out", *(f"out {number}" for number in range(2, len(entry.writes) + 1))][: len(entry.writes)]

@@ -72,6 +72,8 @@ class Team:
                 for call in calls:
                     call()
         except BaseException as error:  # Ctrl-C too: the others must not wait for this replica
+            if self.count > 1:
+                error.add_note(f"replica {index + 1} of {self.count}")
             self._errors[index] = error
             self._barrier.abort()
 

@@ -154,7 +154,8 @@ def _inline(path, seen):
             target = (resources.kernels() / include[1]).resolve()
         if not target.is_file():
             raise GpunetError(
-                f'{path}:{number}: expected "{include[1]}" beside it or among gpunet\'s headers in {resources.kernels()}'
+                f'{path}:{number}: expected "{include[1]}" beside it or among gpunet\'s headers in '
+                f"{resources.kernels()}"
             )
         if target not in seen:
             seen.add(target)

@@ -8,6 +8,8 @@ The Trainer, custom training loops and tests use this class and nothing below it
     step.predict(x); step.read("stage1.conv.weight:gradient")
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 
 from gpunet.core.arenas import Arenas, Tensors
@@ -46,9 +48,11 @@ class Step:
         self.replicas = max(1, min(replicas or self.backend.replicas, batch))
         parameters = graph.parameters()
         self.layouts = {
-            "weights": Layout(p for p in parameters if p.trainable),
-            "statistics": Layout(p for p in parameters if not p.trainable),
+            "weights": Layout(p for p in parameters if p.trainable and not p.frozen),
+            "statistics": Layout(p for p in parameters if not p.trainable and not p.frozen),
         }
+        if any(p.frozen for p in parameters):
+            self.layouts["frozen"] = Layout(p for p in parameters if p.frozen)
         rates = rates if rates is not None else getattr(optimizer, "lr", 0.0)
         self.rates = np.atleast_1d(np.asarray(rates, np.float64))
         self._arenas = Arenas(self.backend, self.replicas)
@@ -152,18 +156,28 @@ class Step:
 
     @property
     def weights(self):
-        """Trainable parameters by name; assigning copies."""
-        return Tensors(self._arenas, "weights", self.layouts["weights"])
+        """Weights by name, the frozen ones too; assigning copies."""
+        return self._tensors("weights", lambda p: p.trainable)
 
     @property
     def statistics(self):
-        """Running statistics by name."""
-        return Tensors(self._arenas, "statistics", self.layouts["statistics"])
+        """Running statistics by name, the frozen ones too."""
+        return self._tensors("statistics", lambda p: not p.trainable)
 
     @property
     def optimizer_state(self):
         """{slot: {parameter: array}}: what the optimizer keeps between updates."""
-        return {slot: Tensors(self._arenas, slot, self.layouts["weights"]) for slot in _slots(self.optimizer)}
+        layout = self.layouts["weights"]
+        return {
+            slot: Tensors(self._arenas, slot, dict.fromkeys(layout.parameters, (slot, layout)))
+            for slot in _slots(self.optimizer)
+        }
+
+    def _tensors(self, kind, belongs):
+        """Return the parameters for which `belongs` holds, in the network's order, from whichever arena has them."""
+        places = {name: (arena, layout) for arena, layout in self.layouts.items() for name in layout.parameters}
+        named = {p.name: places[p.name] for p in self.graph.parameters() if belongs(p)}
+        return Tensors(self._arenas, kind, named)
 
     @property
     def state(self):
@@ -235,6 +249,41 @@ class Step:
         """End the replicas' threads; the next replay starts them again."""
         self._replay.close()
 
+    # Looking inside
+
+    @contextmanager
+    def observed(self, *observers):
+        """Let observers (gpunet.core.observe) look at every entry of what is replayed inside the `with` block.
+
+        The numbers are the same. Nothing is captured there, and on a GPU each entry is waited for.
+        """
+        before = self._replay.observers
+        self._replay.observers = (*before, *observers)
+        try:
+            yield
+        finally:
+            self._replay.observers = before
+
+    def again(self, batch, count, *observers):
+        """Compute the gradient of `count` of the source's batches, from number `batch` on, once more under observers.
+
+        Draws and order are those of that batch; weights are those of now. State and metrics are put back, so that
+        nothing but gradients, batch statistics and `losses` is another's afterwards.
+        """
+        state, metrics = self.state, self._arenas.get("metrics")
+        record = state.copy()
+        record["batch"], record["epoch"] = batch, batch // self.batches
+        try:
+            self.state = record
+            with self.observed(*observers):
+                for number in range(count):
+                    if number:
+                        self.advance()
+                    self.gradient(accumulate=number > 0)
+        finally:
+            self.state = state
+            self._arenas.set("metrics", metrics)
+
     # Inside: arenas and inputs
 
     def _declare(self):
@@ -242,7 +291,8 @@ class Step:
         wide, real, declare = self.types.wide, self.types.real, self._arenas.declare
         for name, layout in self.layouts.items():
             declare(name, (layout.size,), wide, lambda layout=layout: layout.initial(self.seed, wide), shared=True)
-            declare(f"{name}.table", (layout.blocks,), np.int32, layout.table, shared=True)
+            if name != "frozen":
+                declare(f"{name}.table", (layout.blocks,), np.int32, layout.table, shared=True)
         for name, column, dtype, factor in (
             ("weights", "rate", wide, 1),
             ("weights", "decay", wide, getattr(self.optimizer, "weight_decay", 0.0)),

@@ -195,14 +195,14 @@ class Trace:
 
     def weight(self, p):
         """Return a parameter's tensor."""
-        name = _arena_of(p)
+        name = self._arena_of(p)
         return self._parameter(self.arena(name), name, p)
 
     def operand(self, p):
         """Return a weight in `real`, as products take it; a program's first call casts the whole arena, once."""
         if self.real == self.wide:
             return self.weight(p)
-        name = _arena_of(p)
+        name = self._arena_of(p)
         if name not in self._operands:
             wide = self.arena(name)
             with self.at("operands"):
@@ -210,23 +210,36 @@ class Trace:
                 self.launch("cast_forward", wide, self._operands[name], wide.size)
         return self._parameter(self._operands[name], name, p)
 
+    def frozen(self, p):
+        """Whether a parameter keeps its value in this step."""
+        return self._arena_of(p) == "frozen"
+
     def gradient(self, p):
         """Return (tensor, accumulate): where a weight's gradient goes, and 1 if it is to be added to what is there.
 
-        A program's first gradient of a weight overwrites; later ones, and all of an accumulating program, add.
+        A program's first gradient of a weight overwrites; later ones, and all of an accumulating program, add. That of
+        a frozen weight is scratch: nobody reads it, and so the plan drops what computes it.
         """
+        if self.frozen(p):
+            return self.empty(p.shape, self.wide), 0
         return self._result("gradient", "weights", p)
 
     def batch_statistic(self, p):
         """Return (tensor, accumulate): where this batch's value of a running statistic goes."""
         if p.name in self._written:
             raise GpunetError(f"{self.path}: expected one call of a layer with running statistics, got another")
+        if self.frozen(p):
+            return self.empty(p.shape, self.wide), 0
         return self._result("batch_statistics", "statistics", p)
 
     def _result(self, arena, layout, p):
         again = self._accumulate or p.name in self._written
         self._written.add(p.name)
         return self._parameter(self.arena(arena), layout, p), int(again)
+
+    def _arena_of(self, p):
+        """Return the name of the arena, and of the layout, that holds a parameter."""
+        return next(name for name, layout in self._layouts.items() if p.name in layout.offsets)
 
     def _parameter(self, arena, layout, p):
         start = self._layouts[layout].offsets[p.name]
@@ -307,8 +320,3 @@ class Trace:
         """Wait for all replicas here."""
         if self.share.count > 1:
             self.entries.append(Entry("barrier", "barrier", (), (), (), self.path))
-
-
-def _arena_of(p):
-    """Return the arena, and the layout, that holds a parameter."""
-    return "weights" if p.trainable else "statistics"

@@ -13,7 +13,7 @@ from gpunet.data.dataset import Arrays, DataNotFound, DataSet, Split, hold_out, 
 from gpunet.data.folder import load_folder
 from gpunet.data.picture import open_image, prepare_image
 from gpunet.data.shapes import load_shapes
-from gpunet.data.sheet import Report, check, contact_sheet
+from gpunet.data.sheet import Report, captioned_sheet, check, contact_sheet
 from gpunet.data.statistics import channel_statistics, mean_image
 from gpunet.errors import GpunetError
 
@@ -23,6 +23,7 @@ __all__ = [
     "DataSet",
     "Report",
     "Split",
+    "captioned_sheet",
     "channel_statistics",
     "check",
     "contact_sheet",

@@ -44,6 +44,38 @@ def contact_sheet(split, classes, columns=12):
     return sheet
 
 
+def captioned_sheet(images, captions, columns=6, side=144):
+    """Return a Pillow image of pictures (n, h, w, c) that fit into `side` pixels, each over the lines of its caption.
+
+    Small pictures are enlarged by a whole number, so that their pixels stay seen; lines that are too long are cut.
+    """
+    longest = max(images.shape[1:3])
+    factor = side // longest if longest <= side else side / longest
+    height, width = (max(1, round(size * factor)) for size in images.shape[1:3])
+    font, line, gap = ImageFont.load_default(12), 15, 10
+    columns, cell = min(columns, len(images)), max(width, side)
+    step = height + line * max(map(len, captions)) + gap
+    sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + -(-len(images) // columns) * step), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (pixels, caption) in enumerate(zip(_visible(images), captions, strict=True)):
+        left, top = gap + i % columns * (cell + gap), gap + i // columns * step
+        method = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(pixels).resize((width, height), method), (left, top))
+        for number, text in enumerate(caption):
+            colour = "black" if number == 0 else "#444444"
+            pen.text((left, top + height + 2 + number * line), _cut(text, font, cell), fill=colour, font=font)
+    return sheet
+
+
+def _cut(text, font, width):
+    """Return a text, or as much of its beginning as fits into `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
 def _visible(images):
     """Return the images as uint8 (n, h, w, 3); of other than 3 channels the first, in grey."""
     if images.dtype != np.uint8 and images.size:

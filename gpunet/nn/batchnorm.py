@@ -4,12 +4,15 @@ from gpunet.core.params import Parameter
 from gpunet.nn import init
 from gpunet.nn.graph import Layer
 
+NO_SHARE = 2**62  # rows: a batch has no share in frozen statistics, as if it were one of so many
+
 
 class BatchNorm(Layer):
     """y = gamma * (x - mean) / sqrt(variance + eps) + beta, mean and variance a channel over images and pixels.
 
     In inference the running mean and variance are used; they follow the batch's by `momentum` (unbiased variance, as
-    PyTorch). `scale` and `shift` tell whether gamma and beta train; otherwise they stay 1 and 0.
+    PyTorch). `scale` and `shift` tell whether gamma and beta train; otherwise they stay 1 and 0. Where the running
+    statistics are frozen, training uses them as inference does.
     """
 
     def __init__(self, momentum=0.1, eps=1e-5, scale=True, shift=True, name=None):
@@ -44,7 +47,7 @@ class BatchNorm(Layer):
         """Trace moments and their combination over replicas; return (x, mean, inverse, gamma, beta)."""
         p, (rows, c) = self.parameters, matrix_size(x)
         inverse = t.empty((c,), t.wide)
-        if t.training:
+        if t.training and not t.frozen(p["mean"]):
             parts = t.parts(rows, c)
             moments = t.empty((parts, 3, c), t.wide)
             t.launch("batchnorm_moments", x, moments, rows, c, parts)
@@ -76,7 +79,10 @@ class BatchNorm(Layer):
         """Trace dx by this kernel; `given` ends with the sums."""
         rows, c = matrix_size(dy)
         dx = t.over(dy)
-        t.launch(kernel, dy, *given, dx, rows // t.share.size * t.share.batch, rows, c)
+        total = rows // t.share.size * t.share.batch
+        if t.frozen(self.parameters["mean"]):
+            total = NO_SHARE
+        t.launch(kernel, dy, *given, dx, total, rows, c)
         return dx
 
     def flops(self, shapes, output):

@@ -11,6 +11,7 @@ from gpunet.data import cifar, folder, shapes
 from gpunet.errors import GpunetError
 from gpunet.nn import LOSSES
 from gpunet.optim import OPTIMIZERS
+from gpunet.train import start, watch
 
 
 def build_data(config):
@@ -76,7 +77,12 @@ def _arguments_of(section, named):
 
 
 def build_normalisation(config, dataset):
-    """Return (mean, scale) from [augment] and the training images: each one value, one a channel, or one a pixel."""
+    """Return (mean, scale) from [augment] and the training images: each one value, one a channel, or one a pixel.
+
+    With [start] normalisation = "checkpoint" they are those of the weights that training starts from.
+    """
+    if config.start.normalisation == "checkpoint":
+        return start.normalisation(config)
     mean, scale = config.augment.mean, config.augment.scale
     if "channel" in (mean, scale):
         means, deviations = data.channel_statistics(dataset)
@@ -106,17 +112,19 @@ def build_source(config, name, dataset, mean, scale):
 
 
 def build_step(config, graph, source=None, backend=None):
-    """Return the Step that trains `graph` on a source; without one, a step that only predicts.
+    """Return the Step that trains `graph` on a source, but for what [start] freezes; without, one that only predicts.
 
     backend: an object to run on, in place of a new one by the recipe's name.
     """
     train, settings = config.train, config.optimizer
-    optimizer = rates = None
+    optimizer, rates, keep = None, None, ()
     if source is not None:
         keys = ("lr", "momentum", "weight_decay", "nesterov", "form", "clip")
         optimizer = OPTIMIZERS[settings.name](**{key: getattr(settings, key) for key in keys})
         per_epoch = -(-source.batches(train.batch) // train.accumulate)
         rates = config.rates(train.epochs * per_epoch, per_epoch)
+        keep = watch.keeps(graph, train.watch)
+        start.freeze_weights(graph, config.start.freeze, config.start.freeze_statistics)
     return Step(
         graph,
         LOSSES[config.loss.name](),
@@ -128,4 +136,5 @@ def build_step(config, graph, source=None, backend=None):
         seed=train.seed,
         source=source,
         rates=rates,
+        keep=keep,
     )

@@ -1,29 +1,38 @@
 """Checkpoints: everything a network needs to go on, in one safetensors file. Never half written, nothing in it is run.
 
 Tensors are named weights/<parameter>, statistics/<parameter>, optimizer/<slot>/<parameter>, input/mean, input/scale;
-all else is JSON in the file's metadata, under "gpunet".
+all else is JSON in the file's metadata, under "gpunet". Beside it, under "sha256", stands the digest of the whole file
+with 64 zeros in the digest's place: a byte that changed anywhere is noticed when the file is read.
 """
 
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 import gpunet
+from gpunet.core import random
+from gpunet.core.state import new_state
 from gpunet.errors import GpunetError
 
-FORMAT = 1
-DRAWS = 1  # version of the random draws, which a run that goes on must share
+FORMAT = 2
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # raised by what reads it
+SEAL, BLANK = b'"sha256":"', b"0" * 64  # as they stand in the header; inside the other JSON quotes are escaped
 
 
 @dataclass
 class Checkpoint:
-    """Arrays by group, and `about`: config (TOML), classes, epoch, scores, versions. `place` is named in errors."""
+    """Arrays by group, and `about`: config (TOML), classes, epoch, scores, versions. `place` is named in errors.
+
+    checksum: that of the file it was read from or last written to.
+    """
 
     weights: dict
     statistics: dict
@@ -32,32 +41,41 @@ class Checkpoint:
     state: dict
     about: dict = field(default_factory=dict)
     place: str = "checkpoint"
+    checksum: str = ""
 
     @classmethod
     def of(cls, step, mean, scale, about):
         """Return what a step holds now; mean and scale are those of its images."""
         state = step.state
         return cls(
-            dict(step.weights.items()),
-            dict(step.statistics.items()),
-            {slot: dict(tensors.items()) for slot, tensors in step.optimizer_state.items()},
+            step.weights.copy(),
+            step.statistics.copy(),
+            {slot: tensors.copy() for slot, tensors in step.optimizer_state.items()},
             {"mean": np.asarray(mean, np.float64), "scale": np.asarray(scale, np.float64)},
             {name: state[name].tolist() for name in state.dtype.names},
             about,
         )
 
-    def save(self, path):
-        """Write the file aside, on to the disk, and rename it: the one that was there stays whole until then."""
+    def save(self, path, keep=1):
+        """Write the file aside, on to the disk, and rename it: the one that was there stays whole until then.
+
+        keep: how many there are then, this one and those before it, which become <name>-1, <name>-2 and so on.
+        """
+        write_whole(Path(path), self.content(), keep)
+
+    def content(self):
+        """Return the bytes of the file."""
         meta = {
             "format": FORMAT,
-            "draws": DRAWS,
+            "draws": random.FORMAT,
             "gpunet": gpunet.__version__,
             "config_hash": digest(self.about.get("config", "")),
             "state": self.state,
             **self.about,
         }
-        content = save(self._tensors(), {"gpunet": json.dumps(meta)})
-        write_whole(Path(path), content)
+        content = save(self._tensors(), {"gpunet": json.dumps(meta), "sha256": BLANK.decode()})
+        self.checksum = hashlib.sha256(content).hexdigest()
+        return content.replace(SEAL + BLANK, SEAL + self.checksum.encode(), 1)
 
     def _tensors(self):
         groups = {"weights": self.weights, "statistics": self.statistics, "input": self.input}
@@ -67,15 +85,17 @@ class Checkpoint:
     @classmethod
     def load(cls, path):
         """Read a checkpoint; GpunetError names the file and what is wrong with it."""
-        place = str(path)
+        path, place = Path(path), str(path)
+        if not path.is_file():
+            raise GpunetError(f"{place}: expected a checkpoint, found no file")
         try:
-            with safe_open(path, framework="np") as file:
-                meta = _metadata(file.metadata(), place)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except FileNotFoundError:
-            raise GpunetError(f"{place}: expected a checkpoint, found no file") from None
-        except (SafetensorError, OSError) as error:
+            content = path.read_bytes()
+            tensors = dict(sorted(load(content).items()))
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise GpunetError(f"{place}: expected a checkpoint; the file is damaged or none: {error}") from None
+        meta = _metadata(header.get("__metadata__", {}), place)
+        checksum = _checksum(header["__metadata__"].get("sha256"), content, place)
         groups = {"weights": {}, "statistics": {}, "optimizer": {}, "input": {}}
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
@@ -84,7 +104,7 @@ class Checkpoint:
                 groups["optimizer"].setdefault(group, {})[rest] = tensor
             elif group in groups:
                 groups[group][rest] = tensor
-        return cls(**groups, state=meta.pop("state"), about=meta, place=place)
+        return cls(**groups, state=meta.pop("state"), about=meta, place=place, checksum=checksum)
 
     def restore(self, step):
         """Put weights and statistics into a step; also optimizer state and State, if the step has an optimizer.
@@ -126,28 +146,80 @@ def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_whole(path, content):
-    """Write bytes so that the file is the old one or the new one, never a part; GpunetError if it cannot be."""
+def open_own(path, mode):
+    """Open a file of ours, unbuffered; a link in its place is refused, so that nothing elsewhere is written to."""
+    return open(path, mode, buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def write_whole(path, content, keep=1):
+    """Write bytes so that the file is the old one or the new one, never a part; GpunetError if it cannot be.
+
+    keep: how many there are then, this one and older ones.
+    """
     aside = path.with_name(f".{path.name}.part")
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
+        with open_own(aside, "wb") as file:
+            write_all(file, content)
             os.fsync(file.fileno())
+        _set_back(path, keep)
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise GpunetError(
             f"{path}: cannot be written ({len(content):,} bytes): {error.strerror}; what was there before is whole"
         ) from None
+
+
+def write_all(file, content):
+    """Write bytes to an unbuffered file, which may take a part of them at a time."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def numbered(path, number):
+    """Return the name of the file that was `path` so many writes ago: last-1.safetensors."""
+    return path.with_stem(f"{path.stem}-{number}") if number else path
+
+
+def _set_back(path, keep):
+    """Make room for a new `path`: the older ones move by one, and the newest is linked, so that it is always there."""
+    files = [numbered(path, number) for number in range(keep)]
+    for newer, older in reversed([*pairwise(files)]):
+        if not newer.exists():
+            continue
+        if newer is not path:
+            os.replace(newer, older)
+            continue
+        older.unlink(missing_ok=True)
+        try:
+            os.link(newer, older)
+        except OSError:  # a file system without links
+            os.replace(newer, older)
+
+
+def _checksum(given, content, place):
+    """Return the digest of a file's content, which has to be the `given` one in its header."""
+    sealed = SEAL + str(given).encode("utf-8", "replace")
+    checksum = hashlib.sha256(content.replace(sealed, SEAL + BLANK, 1)).hexdigest()
+    if checksum != given:
+        raise GpunetError(
+            f"{place}: expected a checkpoint; the file is damaged or none: its checksum is {checksum[:12]}, "
+            f"expected {str(given)[:12]}"
+        )
+    return checksum
 
 
 def _metadata(meta, place):
     """Return gpunet's own part of the metadata."""
     try:
         meta = json.loads((meta or {})["gpunet"])
-        version, _ = meta["format"], meta["state"]
-    except (KeyError, TypeError, json.JSONDecodeError):
+        version, record = meta["format"], new_state()
+        for name in record.dtype.names:
+            record[name] = meta["state"][name]
+        meta["state"] = {name: record[name].tolist() for name in record.dtype.names}
+    except MALFORMED:
         raise GpunetError(f"{place}: expected a gpunet checkpoint, got a safetensors file of something else") from None
     if version != FORMAT:
         raise GpunetError(

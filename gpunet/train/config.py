@@ -91,7 +91,8 @@ class Train(Section):
     """The loop. `accumulate` batches make one update; validation is measured every `evaluate_every` epochs.
 
     steps_per_launch: updates that a GPU is given at a time, as one graph. window: images of a split that lie on it at a
-    time, where all are too many.
+    time, where all are too many. watch: names or patterns of layers and weights, such as "stage1.*", of whose values
+    and gradients the metrics get statistics at every `watch_every`-th update (gpunet.train.watch); it costs memory.
     """
 
     epochs: Count = 10
@@ -106,13 +107,38 @@ class Train(Section):
     shuffle: bool = True
     evaluate_every: Count = 1
     monitor_test: bool = False
+    watch: list[str] = []
+    watch_every: Count = 100
+
+
+class Start(Section):
+    """Fine-tuning: begin with the weights of another training, a run or a checkpoint file.
+
+    freeze, replace: names of layers or weights, or patterns of them, such as "stage1.*": the first keep their values,
+    the second start fresh although the file has them. Running statistics of frozen layers move on, unless
+    freeze_statistics; then training uses them as prediction does. normalisation: whose mean and scale of images.
+    """
+
+    weights: str | None = None
+    freeze: list[str] = []
+    replace: list[str] = []
+    freeze_statistics: bool = False
+    normalisation: Literal["data", "checkpoint"] = "data"
 
 
 class Run(Section):
-    """Where the run is written: directory/name-date."""
+    """Where the run is written: directory/name-date; a checkpoint every so many updates or seconds (0: never).
+
+    keep: checkpoints that stay beside the best one, the newest last.safetensors, then last-1.safetensors and so on.
+    tensorboard: write the metrics as TensorBoard's event files too (needs the extra of that name).
+    """
 
     directory: str = "runs"
     name: str | None = None
+    tensorboard: bool = False
+    checkpoint_steps: Natural = 0
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    keep: Count = 2
 
 
 def _schedule(function):
@@ -140,6 +166,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = _SCHEDULES["const"]()
     train: Train = Train()
+    start: Start = Start()
     run: Run = Run()
 
     @property
@@ -168,6 +195,9 @@ def load_config(name_or_path, overrides=()):
     config.run.name = config.run.name or path.stem
     if config.data.directory is not None:
         config.data.directory = str(Path(config.data.directory).expanduser().absolute())
+    if config.start.weights is not None:  # a path or a run's name: the run that is made must not depend on this folder
+        places = [Path(config.start.weights).expanduser(), Path("runs") / config.start.weights]
+        config.start.weights = str(next((p.absolute() for p in places if p.exists()), config.start.weights))
     return config
 
 

@@ -1,23 +1,13 @@
 """A trained network with what its images went through: evaluates splits and predicts pictures. Needs no data set."""
 
 import tomllib
-from dataclasses import dataclass
 
 import numpy as np
 
 from gpunet.errors import GpunetError
 from gpunet.train.build import build_graph, build_step, pick_split
 from gpunet.train.config import parse_config
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss, share of right answers, images. confusion[i, j]: images of class i taken for j; None for values."""
-
-    loss: float
-    accuracy: float
-    count: int
-    confusion: np.ndarray | None = None
+from gpunet.train.evaluation import evaluate, log_softmax
 
 
 class Predictor:
@@ -45,7 +35,7 @@ class Predictor:
     def predict(self, images):
         """Return probabilities (n, classes) for raw images; the output itself where the loss is no cross entropy."""
         outputs = self.outputs(images)
-        return np.exp(_log_softmax(outputs)) if self.loss == "cross_entropy" else outputs
+        return np.exp(log_softmax(outputs)) if self.loss == "cross_entropy" else outputs
 
     def evaluate(self, dataset, name="test"):
         """Return the Evaluation on a split of a DataSet, without augmentation or label smoothing."""
@@ -53,21 +43,4 @@ class Predictor:
         if dataset.classes != self.classes:
             mine, other = (", ".join(names[:5]) or "values" for names in (self.classes, dataset.classes))
             raise GpunetError(f"{dataset.name}: expected the classes of the training ({mine} ...), got {other} ...")
-        outputs = self.outputs(split.images).astype(np.float64)
-        classes = outputs.shape[1]
-        targets = np.eye(classes)[split.labels] if split.labels is not None else split.values
-        if self.loss == "cross_entropy":
-            losses = -(targets * _log_softmax(outputs)).sum(axis=1)
-        else:
-            losses = np.square(outputs - targets).mean(axis=1)
-        answers, right = outputs.argmax(axis=1), targets.argmax(axis=1)
-        confusion = None
-        if split.labels is not None:
-            confusion = np.bincount(right * classes + answers, minlength=classes**2).reshape(classes, classes)
-        accuracy = float((answers == right).mean()) if classes > 1 else 0.0
-        return Evaluation(float(losses.mean()), accuracy, len(split), confusion)
-
-
-def _log_softmax(x):
-    x = x - x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+        return evaluate(self.outputs(split.images), split, self.loss, f"{dataset.name}: {name}")

@@ -24,7 +24,12 @@ class Progress:
         self._images, self._epochs = images, epochs
         self._done, self._start = 0, time.perf_counter()
         self._spoken = self._start
-        self._epoch = self._count = 0
+        self._epoch = self._count = self._before = 0
+
+    def begin(self, epoch, count, done):
+        """Begin in the middle: `count` images of the epoch at hand, `done` in all; times are of what comes after."""
+        self._epoch, self._count, self._done, self._before = epoch, int(count), int(done), int(done)
+        self._tqdm.n = self._tqdm.initial = self._done
 
     def epoch(self, epoch, totals):
         """Show an epoch's sums of loss, hits and images so far."""
@@ -54,7 +59,7 @@ class Progress:
     def left(self):
         """The time that the rest should take."""
         elapsed = time.perf_counter() - self._start
-        return f"{clock(elapsed * (self._images / max(self._done, 1) - 1))} left"
+        return f"{clock(elapsed * (self._images - self._done) / max(self._done - self._before, 1))} left"
 
     def line(self, text):
         """Print a line that stays."""

@@ -1,5 +1,6 @@
-"""What a run came to, as report.md and curves.png for people."""
+"""What a run or an evaluation came to, as report.md and pictures for people."""
 
+import io
 import os
 import platform
 import sys
@@ -10,14 +11,22 @@ from pathlib import Path
 import numpy as np
 
 import gpunet
+from gpunet.data import captioned_sheet
+from gpunet.errors import GpunetError
 from gpunet.train.checkpoint import write_whole
 from gpunet.train.config import to_toml
-from gpunet.train.plots import plot_curves
+from gpunet.train.plots import plot_confusion, plot_curves, plot_reliability
 from gpunet.train.text import clock
 
 # Nothing else of the environment is written: variables hold passwords.
 ENVIRONMENT = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GPUNET_DATA")
 PACKAGES = ("numpy", "pillow", "safetensors", "cupy-cuda12x", "cupy-cuda13x", "numba")
+# What an evaluation may draw, <name>.png each, and what is seen in it
+PICTURES = {
+    "confusion": "Confusion: a row is the true class, a column the answer.",
+    "reliability": "Reliability: how often answers are right, by the confidence they are given with.",
+    "mistakes": "The mistakes of the greatest confidence.",
+}
 
 
 @dataclass
@@ -58,13 +67,56 @@ class Result:
 
 
 def write_report(result):
-    """Write curves.png and report.md into the run directory."""
+    """Write curves.png, report.md and the pictures of evaluation-test into the run directory."""
     path = result.run.path
     if result.updates:
         smoothing = result.config.loss.smoothing
         notes = [result.data.note, f"training loss against labels smoothed by {smoothing:g}" if smoothing else ""]
         plot_curves(path / "curves.png", _title(result), "; ".join(n for n in notes if n), result.rows)
-    write_whole(path / "report.md", _report(result).encode())
+    pictures = write_pictures(path / "evaluation-test", result.config, result.data, "test", result.test)
+    write_whole(path / "report.md", _report(result, pictures).encode())
+
+
+def write_pictures(folder, config, dataset, name, found):
+    """Write those of PICTURES that apply into a folder; return their names.
+
+    `found` is the Evaluation of a split of the data set, or None: then nothing is written. A picture of an earlier
+    evaluation that does not apply now is removed.
+    """
+    if found is None:
+        return []
+    title, note, drawn = f"{config.model.name} on {dataset.name}, {name}", dataset.note, {}
+    if found.confusion is not None:
+        drawn["confusion"] = lambda path: plot_confusion(path, title, note, found.confusion, dataset.classes)
+    if found.bins:
+        drawn["reliability"] = lambda path: plot_reliability(path, title, note, found)
+    if found.mistakes:
+        drawn["mistakes"] = lambda path: _write_mistakes(path, found, dataset.splits[name].images, dataset.classes)
+    if not drawn and not folder.exists():
+        return []
+    if not drawn and not folder.exists():
+        return []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in PICTURES:
+            (folder / f"{picture}.png").unlink(missing_ok=True)
+    except OSError as error:
+        raise GpunetError(f"{folder}: cannot be written: {error.strerror}; choose another place with --out") from None
+    for picture, draw in drawn.items():
+        draw(folder / f"{picture}.png")
+    return list(drawn)
+
+
+def _write_mistakes(path, found, images, classes):
+    """Write the pictures of the mistakes, each with its true class, the answer, and p or the output of both."""
+    measure = "output" if found.nll is None else "p"
+    captions = []
+    for m in found.mistakes:
+        certainty = f"{measure} {m.confidence:.3f}, of true {m.probability:.3f}"
+        captions.append((f"true: {classes[m.true]}", f"answer: {classes[m.answer]}", certainty))
+    content = io.BytesIO()
+    captioned_sheet(images[[m.image for m in found.mistakes]], captions).save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 def _title(result):
@@ -78,7 +130,7 @@ def _score(row):
     return f"accuracy {row['accuracy']:.2%}, loss {row['loss']:.4f} ({row['count']:,} images)"
 
 
-def _report(result):
+def _report(result, pictures):
     parts = [
         f"# {result.run.path.name}",
         result.status[0].upper() + result.status[1:] + ".",
@@ -86,6 +138,7 @@ def _report(result):
         "![curves](curves.png)" if result.updates else "",
         _data(result.data),
         _classes(result),
+        _pictures(pictures),
         "## Settings\n\n```toml\n" + to_toml(result.config) + "```",
         _table("## Machine", machine(result.step)),
     ]
@@ -99,7 +152,8 @@ def _results(result):
     else:
         rows.append(("weights kept", "the last ones: nothing was measured on a validation split"))
     if result.test:
-        rows.append(("test", f"{_score(vars(result.test))}, measured once, with the weights kept"))
+        rows.append(("test", f"{result.test.count:,} images, measured once, with the weights kept"))
+        rows += [(f"test: {name}", value) for name, value in result.test.lines()]
     if result.config.train.monitor_test:
         rows.append(("watched", "the test split was measured during training (monitor_test = true); it chose nothing"))
     rows += [
@@ -133,6 +187,12 @@ def _classes(result):
     return "\n".join(lines)
 
 
+def _pictures(names):
+    """Return the pictures of evaluation-test with a line on each."""
+    parts = [f"{PICTURES[name]}\n\n![{name}](evaluation-test/{name}.png)" for name in names]
+    return "\n\n".join(["## Test images in pictures", *parts]) if parts else ""
+
+
 def class_rows(confusion, names):
     """Return a row of titles and one a class: images, right ones, accuracy, what it is most often taken for."""
     rows = [("class", "images", "right", "accuracy", "most often taken for")]
@@ -158,7 +218,7 @@ def machine(step):
     rows = [
         ("gpunet", gpunet.__version__),
         ("backend", f"{step.backend.name}, {step.types.real}, {step.replicas} replicas, batch {step.batch}"),
-        ("processor", f"{_processor()}, {len(os.sched_getaffinity(0))} cores for this process"),
+        ("processor", f"{processor()}, {len(os.sched_getaffinity(0))} cores for this process"),
         ("system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"),
         ("packages", ", ".join(_versions())),
         ("command", " ".join(["gpunet", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "gpunet" else "Python"),
@@ -174,7 +234,8 @@ def _versions():
             continue
 
 
-def _processor():
+def processor():
+    """Return the processor's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -1,13 +1,24 @@
-"""The run directory: resolved config, metrics, checkpoints, curves, report. Knows names, not the training."""
+"""The run directory: resolved config, metrics, checkpoints, curves, report. Knows names, not the training.
 
+Nothing in it is code: TOML, JSON lines, safetensors, Markdown, PNG.
+"""
+
+import fcntl
 import json
+import os
+import re
+import shutil
+import socket
+from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 
 from gpunet.errors import GpunetError
-from gpunet.train.checkpoint import Checkpoint, write_whole
+from gpunet.train.checkpoint import Checkpoint, open_own, write_all, write_whole
 from gpunet.train.config import load_config, nearest, to_toml
+
+LAST = re.compile(r"last(?:-(\d{1,9}))?\.safetensors")
 
 
 class Run:
@@ -15,11 +26,12 @@ class Run:
 
     def __init__(self, path):
         self.path = Path(path)
-        self._metrics = None
+        self._metrics = self._lock = None
+        self.board = None  # a tensorboard.Board, which then gets the rows too
 
     @classmethod
     def create(cls, config):
-        """Make directory/name-date, numbered if it is there, and write the resolved config into it."""
+        """Make directory/name-date, numbered if it is there, lock it and write the resolved config into it."""
         parent = Path(config.run.directory)
         stem = f"{config.run.name or config.model.name}-{datetime.now():%Y-%m-%d_%H-%M-%S}"
         try:
@@ -36,6 +48,7 @@ class Run:
                 f"run directory '{parent / stem}': cannot be made: {error.strerror}; choose another place with --out"
             ) from None
         run = cls(path)
+        run.lock()
         write_whole(run.path / "config.toml", to_toml(config).encode())
         return run
 
@@ -63,15 +76,93 @@ class Run:
             raise GpunetError(f"checkpoint: expected best or last, got '{which}'")
         return Checkpoint.load(files[name])
 
+    def lock(self):
+        """Keep other trainings out until `close`, or the end of this process however it ends."""
+        try:
+            file = open_own(self.path / ".lock", "a+b")
+        except OSError as error:
+            raise GpunetError(f"run '{self.path}': cannot be written to: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip() or "another process"
+            file.close()
+            raise GpunetError(f"run '{self.path}': {holder} trains it; wait for that or end it first") from None
+        except OSError:
+            pass  # a file system without locks
+        self._lock = file
+        with suppress(OSError):  # on a full disk the lock holds, too
+            file.truncate(0)
+            write_all(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def newest(self):
+        """Return (Checkpoint, {path: what is wrong with that newer one}): the newest that is whole, None without any.
+
+        Raises GpunetError where there are some, all damaged.
+        """
+        found = [(int(m[1] or 0), p) for p in self.path.iterdir() if (m := re.fullmatch(LAST, p.name))]
+        damaged = {}
+        for _, path in sorted(found):
+            try:
+                return Checkpoint.load(path), damaged
+            except GpunetError as error:
+                damaged[path] = str(error)
+        if damaged:
+            raise GpunetError(
+                f"run '{self.path}': no checkpoint to go on from: {'; '.join(damaged.values())}; "
+                f"train it anew: gpunet train {self.path / 'config.toml'}"
+            )
+        return None, {}
+
+    def save(self, checkpoint, name, keep=1):
+        """Write checkpoint "best" or "last"; the rows that were logged before are on the disk then, too."""
+        if self._metrics is not None:
+            with suppress(OSError):  # what the disk has no room for is told by the write below
+                os.fsync(self._metrics)
+        checkpoint.save(self.path / f"{name}.safetensors", keep)
+
     def log(self, rows):
-        """Append dicts to metrics.jsonl, one line each."""
+        """Append dicts to metrics.jsonl, one line each; if they do not fit, none of them stays there."""
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        place = self.path / "metrics.jsonl"
         try:
             if self._metrics is None:
-                self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - see close
-            self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
-            self._metrics.flush()
+                self._metrics = open_own(place, "ab")
+            before = self.logged
+            try:
+                write_all(self._metrics, content)
+            except OSError:
+                with suppress(OSError):
+                    self._metrics.truncate(before)
+                raise
         except OSError as error:
-            raise GpunetError(f"{self.path / 'metrics.jsonl'}: cannot be written: {error.strerror}") from None
+            raise GpunetError(f"{place}: cannot be written ({len(content):,} bytes): {error.strerror}") from None
+        if self.board is not None:
+            self.board.add(rows)
+
+    @property
+    def logged(self):
+        """Bytes of metrics.jsonl."""
+        place = self.path / "metrics.jsonl"
+        return place.stat().st_size if place.exists() else 0
+
+    def rewind(self, logged):
+        """Cut metrics.jsonl to its first bytes, and return their rows: later updates are going to be done again."""
+        place = self.path / "metrics.jsonl"
+        try:
+            with open_own(place, "a+b") as file:
+                file.seek(0)
+                content = file.readall()[:logged]
+                if len(content) < logged or (content and not content.endswith(b"\n")):
+                    raise ValueError(f"{logged:,} bytes of whole lines, found {len(content):,}")
+                rows = [json.loads(line) for line in content.splitlines()]
+                file.truncate(logged)
+        except OSError as error:
+            raise GpunetError(f"{place}: cannot be written: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise GpunetError(f"{place}: expected the rows of the training until its checkpoint: {error}") from None
+        return rows
 
     def metrics(self):
         """Return the rows that were logged."""
@@ -79,7 +170,21 @@ class Run:
             return [json.loads(line) for line in file]
 
     def close(self):
-        """Close metrics.jsonl."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        """Close metrics.jsonl and let others in."""
+        for file in (self.board, self._metrics, self._lock):
+            if file is not None:
+                file.close()
+        self.board = self._metrics = self._lock = None
+
+
+def check_space(path, nbytes, keep):
+    """Check that the disk of a folder has room for the checkpoints of a training, each of `nbytes`."""
+    needed = (keep + 2) * nbytes  # the best one, and one that is being written
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    own = sum(file.stat().st_blocks * 512 for file in path.glob("*.safetensors"))  # they are replaced
+    free = shutil.disk_usage(there).free + own
+    if free < needed:
+        raise GpunetError(
+            f"run directory '{path}': expected {needed:,} bytes free for checkpoints ({keep} + best + one being "
+            f"written, each {nbytes:,}), got {free:,}; make room, choose another place with --out or a lower run.keep"
+        )

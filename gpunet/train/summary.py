@@ -28,7 +28,7 @@ class Plan:
         sizes = {name: n for name, n in step.memory().items() if not name.startswith("train.")}
         slots = step.optimizer_state
         held = {
-            "weights": sizes.pop("weights"),
+            "weights": sizes.pop("weights") + sizes.pop("frozen", 0),
             "gradients": sizes.pop("gradient"),
             "optimizer": sum(sizes.pop(slot) for slot in slots),
             "activations": sizes.pop("scratch") + sizes.pop("input") + sizes.pop("targets"),

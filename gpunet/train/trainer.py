@@ -1,8 +1,8 @@
 """The Trainer: a loop over the public Step, with validation, checkpoints, progress and a clean end in every case."""
 
-import signal
-import threading
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -13,15 +13,20 @@ from gpunet.errors import GpunetError
 from gpunet.train.build import build_data, build_graph, build_normalisation, build_source, build_step
 from gpunet.train.checkpoint import Checkpoint
 from gpunet.train.config import to_toml
+from gpunet.train.fault import explain, not_finite
 from gpunet.train.predictor import Predictor
 from gpunet.train.progress import Progress
 from gpunet.train.report import Result, write_report
-from gpunet.train.run import Run
+from gpunet.train.resume import Position, Resumption, data_digest, pins
+from gpunet.train.run import Run, check_space
+from gpunet.train.signals import Signals
+from gpunet.train.start import begin
 from gpunet.train.summary import Plan
+from gpunet.train.tensorboard import Board, check_board
 from gpunet.train.text import clock
+from gpunet.train.watch import Watch
 
 LOOK = 0.1  # seconds between two looks at the metrics table
-SAVE = 60  # seconds between two writes of last.safetensors
 
 
 class Trainer:
@@ -29,19 +34,26 @@ class Trainer:
 
     What is chosen, the best checkpoint, is chosen by validation. The test split is looked at once, after the training,
     unless train.monitor_test is true: then it is measured beside validation, and still chooses nothing.
+    checkpoint: one that is put into it afterwards, so that [start] has nothing to do; `resume` does both.
     """
 
-    def __init__(self, config, *, graph=None, data=None, show=True):
+    def __init__(self, config, *, graph=None, data=None, show=True, checkpoint=None):
         self.start = time.perf_counter()
         self.config, self.show = config, show
+        if config.run.tensorboard:
+            check_board()
         name, self.choice = choose(config.train.backend)  # first: what cannot run is told before data is fetched
         backend = named(name)
         self.data = data if data is not None else build_data(config)
         train = self.data.train
         outputs = len(self.data.classes) if train.labels is not None else train.values.shape[1]
         self.graph = graph if graph is not None else build_graph(config, train.images.shape[1:], outputs)
+        self.started = begin(config, self.graph) if checkpoint is None else None
         Plan(config, backend, self.data, self.graph).check()
-        mean, scale = build_normalisation(config, self.data)
+        if checkpoint is None:
+            mean, scale = build_normalisation(config, self.data)
+        else:
+            mean, scale = checkpoint.input["mean"], checkpoint.input["scale"]
         self.watched = {
             name: build_source(config, name, self.data, mean, scale)
             for name in ("validation", *["test"] * config.train.monitor_test)
@@ -49,6 +61,27 @@ class Trainer:
         }
         self.step = build_step(config, self.graph, build_source(config, "train", self.data, mean, scale), backend)
         self.predictor = Predictor(self.step, mean, scale, self.data.classes, config.loss.name)
+        self.pins, self.data_digest = pins(self.step), data_digest(self.data)
+        self.resumed = None
+
+    @classmethod
+    def resume(cls, run, *, overrides=(), inexact=False, given=None, graph=None, data=None, show=True):
+        """Return a Trainer whose `fit` goes on with a run, from its newest checkpoint, in the same directory.
+
+        The outcome is the uninterrupted run's, bit for bit; raises GpunetError where something here is not as it was
+        there, unless `inexact`. overrides: "run.keep=3", of settings that change no bit. given: a Config that has to be
+        the run's. graph, data: in place of [model] or [data], as they were given then. Until `fit` ends, or the
+        process, the run is locked.
+        """
+        resumed = Resumption(run, overrides, given)
+        try:
+            trainer = cls(resumed.config, graph=graph, data=data, show=show, checkpoint=resumed.checkpoint)
+            resumed.enter(trainer, inexact)
+        except BaseException:
+            resumed.run.close()
+            raise
+        trainer.resumed = resumed
+        return trainer
 
     def evaluate(self, split="test"):
         """Return the Evaluation of the weights as they are on a split of the data set."""
@@ -66,6 +99,8 @@ class Trainer:
             "input_shape": self.graph.input_shape,
             "outputs": self.graph.output_shape[-1],
             "epoch": epoch,
+            "pins": self.pins,
+            "data": self.data_digest,
         }
         return Checkpoint.of(self.step, self.predictor.mean, self.predictor.scale, about)
 
@@ -73,52 +108,153 @@ class Trainer:
         """Train for the epochs of the config and return the Result; the weights are then the best ones.
 
         Ctrl-C and SIGTERM end it after the update at hand: a checkpoint and a report are left, and KeyboardInterrupt
-        or SystemExit(143) is raised. Raises GpunetError where the loss or a gradient is not finite.
+        or SystemExit(143) is raised. Raises GpunetError where the loss or a gradient is not finite, where a checkpoint
+        cannot be written, and where a replica fails.
         """
-        if self.step.state["update"]:
+        if self.step.state["update"] and self.resumed is None:
             raise GpunetError("fit: expected a Trainer that has not trained; make a new one")
-        return _Training(self).run()
+        resumed, self.resumed = self.resumed, None
+        try:
+            training = _Training(self, resumed)
+        except BaseException:
+            if resumed is not None:
+                resumed.run.close()
+            raise
+        return training.run()
+
+
+class NotFinite(GpunetError):
+    """The loss or a gradient was not finite; the training is at its end, but whole."""
 
 
 class _Training:
     """One call of fit: its run directory, its clock, and what it has seen so far."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, resumed=None):
         self.trainer, self.config, self.step, self.data = trainer, trainer.config, trainer.step, trainer.data
-        self.run_directory = Run.create(self.config)
         self.batches, epochs = self.step.batches, self.config.train.epochs
+        self.resumed, self.rows = resumed, []
+        self._go_on_from(resumed.position if resumed else Position())
+        self.run_directory = self._directory()
+        if self.config.run.tensorboard:
+            self.run_directory.board = Board(self.run_directory.path / "tensorboard")
         self.progress = Progress(epochs * len(self.data.train), epochs, trainer.show)
+        self.progress.begin(self.epoch, self.totals[2], self.ended * len(self.data.train) + self.totals[2])
         self.step.backend.show = self.progress.compiling
-        self.rows, self.best = [], None
-        self.epoch = self.seen = self.images = 0
-        self.steps, self.explained = 0, False  # steps taken, and whether it was said that not all of them count
-        self.seconds = 0.0
+        self.watch = Watch(self.step, self.config.train.watch) if self.config.train.watch else None
+
+    def _go_on_from(self, position):
+        """Count on from a position; a new training's is all zeros."""
+        self.ended, self.seen, self.images, self.best = position.ended, position.seen, position.images, position.best
+        # steps taken, and whether it was said that not all of them count
+        self.steps, self.explained = position.steps, position.explained
+        self.seconds, self.spent, self.totals = position.seconds, position.spent, np.array(position.totals)
+        self.start = self.trainer.start - position.elapsed
+        self.epoch = min(self.ended + 1, self.config.train.epochs)
         self.looked = self.saved = time.perf_counter()
+        self.saved_steps, self.inexact = self.steps, position.inexact
+
+    def _position(self):
+        """Return where it stands, for a checkpoint."""
+        return Position(
+            ended=self.ended,
+            seen=self.seen,
+            steps=self.steps,
+            images=self.images,
+            totals=self.totals.tolist(),
+            spent=self.spent,
+            seconds=self.seconds,
+            elapsed=self.elapsed,
+            explained=self.explained,
+            logged=self.run_directory.logged,
+            inexact=self.inexact,
+        )
+
+    def _directory(self):
+        """Return the run directory, of which nothing that comes after the position is left."""
+        nbytes = len(self.trainer.checkpoint(0).content()) + 4096  # of numbers that are not there yet
+        if self.resumed is None:
+            check_space(Path(self.config.run.directory), nbytes, self.config.run.keep)
+            return Run.create(self.config)
+        run = self.resumed.run
+        check_space(run.path, nbytes, self.config.run.keep)
+        self.rows = run.rewind(self.resumed.position.logged)
+        return run
+
+    @property
+    def elapsed(self):
+        """Seconds since the training was begun, those in which it did not run left out."""
+        return time.perf_counter() - self.start
 
     def run(self):
         """Train; leave checkpoint, curves and report however it ends."""
-        self._announce()
-        failure = test = None
-        with _Signals() as signals:
-            try:
-                self._train(signals)
-            except GpunetError as error:
-                failure = error
-            self._save("last")
-            if not failure and not signals.caught:
-                if self.best is not None:
-                    self.run_directory.checkpoint("best").restore(self.step)
-                test = self._test()
-            result = self._result(f"stopped: {failure}" if failure else signals.status, test)
-            write_report(result)
+        try:
+            with Signals() as signals:
+                result, failure = self._until_the_end(signals)
+        finally:
             self.run_directory.close()
             self.progress.close()
             self.step.close()
         if failure:
             raise failure
         self.progress.line(result.summary)
+        if signals.caught:
+            self.progress.line(f"{self._resume} goes on from here")
         signals.end()
         return result
+
+    def _until_the_end(self, signals):
+        """Train, test and report; return (Result, the GpunetError that ended it or None)."""
+        failure = test = last = None
+        try:
+            self._announce()
+            self._train(signals)
+            last = self._save("last")
+            if last is None:
+                raise NotFinite(explain(self.step, self.config, self.rows, self.run_directory.path))
+            if not signals.caught:
+                test = self._finish()
+        except NotFinite as error:
+            failure = error
+        except GpunetError as error:
+            failure = self._with_advice(error)
+        result = self._result(f"stopped: {failure}" if failure else signals.status, test)
+        try:
+            write_report(result)
+            if not failure and not signals.caught and last:
+                last.about["finished"] = True
+                self.run_directory.save(last, "last")
+        except (GpunetError, OSError) as error:
+            failure = failure or self._with_advice(error)
+        return result, failure
+
+    @property
+    def _resume(self):
+        return f"gpunet train --resume {self.run_directory.path}"
+
+    def _with_advice(self, error):
+        """Return an error that ended the training and was none of the training's own, with what to do."""
+        made = GpunetError(f"{error}; once that is mended, {self._resume} goes on from the last checkpoint")
+        made.__cause__ = error
+        return made
+
+    @contextmanager
+    def _guarded(self):
+        """Turn what a replica raises, whatever it is, into one sentence; half updated weights are not saved."""
+        try:
+            yield
+        except GpunetError:
+            raise
+        except Exception as error:
+            what = ": ".join([*getattr(error, "__notes__", ()), type(error).__name__, str(error)]).rstrip(": ")
+            place = f"{self.run_directory.path}: epoch {self.epoch}, step {self.steps + 1}"
+            raise GpunetError(f"{place}: {what}") from error
+
+    def _finish(self):
+        """Go back to the best weights and measure them on the test split."""
+        if self.best is not None:
+            self.run_directory.checkpoint("best").restore(self.step)
+        return self._test()
 
     def _test(self):
         """Measure the kept weights on the test split, once; the last line of the metrics says what came out."""
@@ -133,42 +269,81 @@ class _Training:
     def _announce(self):
         self.progress.line(f"{self.data}\n{self.config.model.name}: {self.step.graph.size:,} weights")
         self.progress.line(self.trainer.choice)
+        if self.resumed:
+            self.progress.line("\n".join([self.resumed.line(self.batches), *self.resumed.notes]))
+        if self.trainer.started:
+            self.progress.line(str(self.trainer.started))
         if self.data.note:
             self.progress.line(f"note: {self.data.note}")
         if "validation" not in self.data.splits:
             self.progress.line("no validation split: the last weights are kept, nothing is chosen")
 
     def _train(self, signals):
-        train = self.config.train
-        for self.epoch in range(1, train.epochs + 1):
-            start, totals = time.perf_counter(), np.zeros(3)
-            place = 0
-            while place < self.batches:
-                accumulate = min(train.accumulate, self.batches - place)
-                steps = min(train.steps_per_launch, (self.batches - place) // accumulate)
-                self.step(accumulate, steps)
-                self.steps += steps
-                place += steps * accumulate
-                if signals.caught:
-                    break
-                if time.perf_counter() - self.looked > LOOK:
-                    totals += self._look()
-                    self.progress.epoch(self.epoch, totals)
-            self.step.wait()
-            totals += self._look(waited=True)
-            seconds = time.perf_counter() - start
-            self.seconds += seconds
-            if signals.caught:
-                return
-            self.progress.epoch(self.epoch, totals)
-            due = self.epoch % train.evaluate_every == 0 or self.epoch == train.epochs
-            found = self._evaluate() if due else []
-            self.progress.line(self._line(totals, seconds, found))
-            if time.perf_counter() - self.saved > SAVE:
+        while self.ended < self.config.train.epochs and not signals.caught:
+            self.epoch = self.ended + 1
+            self._train_epoch(signals)
+            if not signals.caught:
+                self._end_epoch()
+
+    def _train_epoch(self, signals):
+        """Take the epoch's steps, from wherever in it the State is; a signal ends it between two of them."""
+        train, self.since = self.config.train, time.perf_counter()
+        place = int(self.step.state["batch"]) - self.ended * self.batches
+        while place < self.batches and not signals.caught:
+            accumulate = min(train.accumulate, self.batches - place)
+            steps = min(train.steps_per_launch, (self.batches - place) // accumulate)
+            with self._guarded():
+                steps = self._step(accumulate, steps)
+            self.steps += steps
+            place += steps * accumulate
+            if time.perf_counter() - self.looked > LOOK:
+                self._look()
+                self.progress.epoch(self.epoch, self.totals)
+            if self._due():
+                self._catch_up()
                 self._save("last")
+                self.since = time.perf_counter()
+        self._catch_up()
+
+    def _step(self, accumulate, steps):
+        """Do up to `steps` updates and return how many; one that is watched goes alone."""
+        since = self.steps % self.config.train.watch_every
+        if self.watch and not since:
+            self.step.wait()
+            self._look(waited=True)  # rows come in the order of updates
+            self.run_directory.log(self.watch.step(accumulate))
+            return 1
+        steps = min(steps, self.config.train.watch_every - since) if self.watch else steps
+        self.step(accumulate, steps)
+        return steps
+
+    def _catch_up(self):
+        """Wait for all steps, log them, and count the time they took."""
+        with self._guarded():
+            self.step.wait()
+        self._look(waited=True)
+        self.spent += time.perf_counter() - self.since
+
+    def _end_epoch(self):
+        self.progress.epoch(self.epoch, self.totals)
+        train = self.config.train
+        due = self.epoch % train.evaluate_every == 0 or self.epoch == train.epochs
+        found = self._evaluate() if due else []
+        self.progress.line(self._line(found))
+        self.ended += 1
+        self.seconds, self.spent, self.totals = self.seconds + self.spent, 0.0, np.zeros(3)
+        if self._due():
+            self._save("last")
+
+    def _due(self):
+        """Return whether a checkpoint is due, by steps or by a clock that nobody sets."""
+        settings = self.config.run
+        return (0 < settings.checkpoint_steps <= self.steps - self.saved_steps) or (
+            0 < settings.checkpoint_seconds < time.perf_counter() - self.saved
+        )
 
     def _look(self, waited=False):
-        """Log the updates done since the last look; return the sums of their losses, hits and images.
+        """Log the updates done since the last look, and add to the epoch's sums of losses, hits and images.
 
         waited: nothing is under way. Else a device may be some steps behind those that it was given.
         """
@@ -183,13 +358,14 @@ class _Training:
         self.seen += len(rows)
         self.images += int(table[:, 2].sum())
         if self.step.halted:
-            raise GpunetError(self._halted(self.step.state))
+            self._save("last")
+            raise NotFinite(explain(self.step, self.config, self.rows, self.run_directory.path))
         if not self.explained and self.step.types.scaled:
             done = self.steps if waited or not self.step.backend.graphs else self._steps_until(rows)
             if done > self.seen:
                 self.explained = True
                 self.progress.line(self._skipped(done, float(self.step.state["loss_scale"])))
-        return np.array([table[:, 0] @ table[:, 2], table[:, 1] @ table[:, 2], table[:, 2].sum()])
+        self.totals += [table[:, 0] @ table[:, 2], table[:, 1] @ table[:, 2], table[:, 2].sum()]
 
     def _log(self, rows):
         self.rows += rows
@@ -209,25 +385,18 @@ class _Training:
             f"beginning of half-precision training that is normal: each halves the loss scale, now {scale:,.0f}"
         )
 
-    def _halted(self, state):
-        rates = self.step.rates
-        rate = rates[min(int(state["update"]), len(rates) - 1)]
-        epoch, place = divmod(int(state["halt"]), self.batches)
-        scale = " and the smallest loss scale, 1" if self.step.types.scaled else ""
-        return (
-            f"{self.run_directory.path}: loss or gradient is not finite in epoch {epoch + 1}, batch {place + 1} of "
-            f"{self.batches}, at learning rate {rate:.3g}{scale}; the weights before it are in last.safetensors. "
-            f"Try a lower optimizer.lr ({rate / 10:.1g}), schedule.warmup = 1 or optimizer.clip = 1"
-        )
-
     def _evaluate(self):
         """Measure the watched splits; keep the weights if validation is better than ever."""
         rows = []
         for name, source in self.trainer.watched.items():
-            rows.append({"split": name, "epoch": self.epoch, "update": self.seen, **self.step.evaluate(source)})
+            with self._guarded():
+                found = self.step.evaluate(source)
+            rows.append({"split": name, "epoch": self.epoch, "update": self.seen, **found})
         self._log(rows)
         for row in rows:
-            if row["split"] == "validation" and (self.best is None or self._rank(row) > self._rank(self.best)):
+            if row["split"] != "validation" or not np.isfinite(row["loss"]):
+                continue  # weights that give NaN are not kept, whatever they get right
+            if self.best is None or self._rank(row) > self._rank(self.best):
                 self.best = row
                 self._save("best")
         return rows
@@ -237,16 +406,24 @@ class _Training:
         return (row["accuracy"] if self.data.train.labels is not None else 0, -row["loss"])
 
     def _save(self, name):
-        self.saved = time.perf_counter()
-        checkpoint = self.trainer.checkpoint(self.epoch, best=self.best)
-        checkpoint.save(self.run_directory.path / f"{name}.safetensors")
+        """Write a checkpoint and return it, or None where its numbers are not finite."""
+        progress = self._position().model_dump(exclude={"best"})
+        checkpoint = self.trainer.checkpoint(self.epoch, best=self.best, progress=progress)
+        if wrong := not_finite(checkpoint.weights, checkpoint.statistics, checkpoint.optimizer):
+            self.progress.line(f"{name}.safetensors: not written: {next(iter(wrong))} is not finite; the old one stays")
+            return None
+        self.run_directory.save(checkpoint, name, self.config.run.keep if name == "last" else 1)
+        if name == "last":
+            self.saved, self.saved_steps = time.perf_counter(), self.steps
+        return checkpoint
 
-    def _line(self, totals, seconds, found):
-        loss, hits, count = totals
+    def _line(self, found):
+        loss, hits, count = self.totals
         trained = f"loss {loss / count:.4f} {hits / count:7.2%}" if count else "every update skipped"
         parts = [f"epoch {self.epoch:>3}/{self.config.train.epochs}", trained]
         parts += [f"{row['split']} {row['loss']:.4f} {row['accuracy']:7.2%}" for row in found]
-        parts += [f"{count / seconds:,.0f} img/s", clock(time.perf_counter() - self.trainer.start), self.progress.left]
+        speed = count / max(self.spent, 1e-9)
+        parts += [f"{speed:,.0f} img/s", clock(self.elapsed), self.progress.left]
         return "  ".join(parts)
 
     def _result(self, status, test):
@@ -259,45 +436,9 @@ class _Training:
             epochs=self.seen / -(-self.batches // self.config.train.accumulate),
             updates=self.seen,
             images=self.images,
-            training_seconds=self.seconds,
-            seconds=time.perf_counter() - self.trainer.start,
+            training_seconds=self.seconds + self.spent,
+            seconds=self.elapsed,
             rows=self.rows,
             best=self.best,
             test=test,
         )
-
-
-class _Signals:
-    """Notes Ctrl-C and SIGTERM instead of obeying at once; a second one is obeyed. Only the main thread gets them."""
-
-    KINDS = (signal.SIGINT, signal.SIGTERM)
-
-    def __enter__(self):
-        self.caught = 0
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._note) for kind in self.KINDS}
-        return self
-
-    def _note(self, number, frame):
-        self.caught = number
-        self._restore()
-
-    def _restore(self):
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-
-    def __exit__(self, *error):
-        self._restore()
-
-    @property
-    def status(self):
-        """How the training ended."""
-        return f"interrupted by {signal.Signals(self.caught).name}" if self.caught else "finished"
-
-    def end(self):
-        """Raise what the signal would have raised."""
-        if self.caught == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.caught:
-            raise SystemExit(128 + self.caught)

@@ -98,8 +98,8 @@ static Index threadIdx, blockIdx, blockDim = {256, 1, 1}, gridDim;
 namespace emulator {
 
 const int COUNT = 256, LANES = 32;   // threads of a block, of a warp
-const size_t STACK = 64 << 10;       // bytes of a fiber, with a page below that may not be touched
-const size_t PAGE = 4096;
+const size_t STACK = 64 << 10;       // bytes of a fiber
+const unsigned long long END = 0x5ac4e9d07b1f3268ull;  // stands at the end of each stack; gone: it was too small
 const size_t STAGGER = 320;          // bytes between the tops of neighbours' stacks: else all share one cache set
 
 enum Waits { RUNS, AT_BARRIER, AT_WARP, RETURNED };
@@ -189,18 +189,19 @@ QUIET static void live() {
 // A fresh fiber, or one whose thread was abandoned in the middle.
 QUIET static void begin(int t) {
     Thread& thread = threads[t];
-    if (!thread.stack) {
-        char* memory = (char*)mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (memory == MAP_FAILED) abort();
-        mprotect(memory, PAGE, PROT_NONE);
-        thread.stack = memory + PAGE;
-        thread.size = STACK;
+    static char* stacks;  // one mapping: a process may have some 65,000, and guard pages for each stack would be two
+    if (!stacks) {
+        stacks = (char*)mmap(nullptr, (COUNT + 1) * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (stacks == MAP_FAILED) abort();
     }
+    thread.stack = stacks + (t + 1) * STACK;  // below the first lies room to overflow into
+    thread.size = STACK;
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(thread.stack, thread.size);
 #elif defined(__SANITIZE_THREAD__)
     if (!thread.tsan) thread.tsan = __tsan_create_fiber(0);
 #endif
+    *(unsigned long long*)thread.stack = END;
     void** top = (void**)(thread.stack + STACK - t % 16 * STAGGER);
     *--top = nullptr;        // where `live` would return to
     *--top = (void*)live;    // popped by the first switch
@@ -318,6 +319,8 @@ QUIET static bool run_block(int order) {
                 now = t;
                 threadIdx.x = t;
                 enter(&host, &threads[t]);
+                if (*(unsigned long long*)threads[t].stack != END)
+                    fail("thread %d: its local variables take more than the %d KB of its stack", t, (int)(STACK >> 10));
                 if (failed) return false;
             }
             returned += threads[t].waits == RETURNED;

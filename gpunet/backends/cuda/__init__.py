@@ -7,6 +7,7 @@ gpunet.backends.device, which the emulator shares.
 import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from gpunet.backends import cache as kernel_cache
 from gpunet.backends.cuda import cublas, detect, nvrtc
@@ -14,7 +15,7 @@ from gpunet.backends.device import THREADS, DeviceBackend
 from gpunet.core import sources
 from gpunet.errors import GpunetError
 
-TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
+BY_ADDRESS = 4  # cudaMemcpyDefault: what is read may be shared memory, which is the host's
 MAPPED = 2  # cudaHostAllocMapped: host memory that kernels write to
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 COMPILERS = 4  # files compiled at a time
@@ -28,7 +29,8 @@ class Memory:
 
     def __del__(self):
         if not sys.is_finalizing():  # then the driver has freed it
-            self._free(self.pointer)
+            with suppress(RuntimeError):  # CuPy's, of a device that an error has ended; that was told before
+                self._free(self.pointer)
 
 
 class Backend(DeviceBackend):
@@ -48,12 +50,23 @@ class Backend(DeviceBackend):
         import cupy
 
         self._cupy, self._runtime, self._driver = cupy, cupy.cuda.runtime, cupy.cuda.driver
+        self._cupy_version = ", ".join(" ".join(found) for found in facts.cupy)
         self.device = facts.devices[device]
         self._runtime.setDevice(device)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.copies = cupy.cuda.Stream(non_blocking=True)
         self._modules = {}
         self._cublas = cublas.Cublas(facts.cublas, self.stream.ptr, self.malloc(cublas.WORKSPACE))
+
+    @property
+    def versions(self):
+        """Return GPU, and versions of CuPy, cuBLAS and the compiler."""
+        return {
+            "device": self.device.name,
+            "cupy": self._cupy_version,
+            "cublas": self._cublas.version(),
+            "nvrtc": nvrtc.version(),
+        }
 
     # Memory
 
@@ -71,11 +84,18 @@ class Backend(DeviceBackend):
             ) from None
         memory = Memory(pointer, nbytes, self._runtime.free)
         self._runtime.memsetAsync(pointer, 0, nbytes, self.stream.ptr)
+        self.stream.synchronize()  # the other stream may write to it next
         return memory
 
     def malloc_shared(self, nbytes):
         """Return zeroed memory of the host that kernels can write to and the host can read without waiting."""
-        memory = Memory(self._runtime.hostAlloc(nbytes, MAPPED), nbytes, self._runtime.freeHost)
+        try:
+            pointer = self._runtime.hostAlloc(nbytes, MAPPED)
+        except self._runtime.CUDARuntimeError as error:
+            if error.status != OUT_OF_MEMORY:
+                raise
+            raise GpunetError(f"backend cuda: {nbytes:,} bytes of pinned host memory cannot be had: {error}") from None
+        memory = Memory(pointer, nbytes, self._runtime.freeHost)
         ctypes.memset(memory.pointer, 0, nbytes)
         return memory
 
@@ -93,12 +113,12 @@ class Backend(DeviceBackend):
 
     def copy_in(self, pointer, array):
         """Copy to the device, after all that the stream has been given."""
-        self._runtime.memcpyAsync(pointer, array.ctypes.data, array.nbytes, TO_DEVICE, self.stream.ptr)
+        self._runtime.memcpyAsync(pointer, array.ctypes.data, array.nbytes, BY_ADDRESS, self.stream.ptr)
         self.stream.synchronize()
 
     def copy_out(self, array, pointer):
         """Copy to the host, after all that the stream has been given."""
-        self._runtime.memcpyAsync(array.ctypes.data, pointer, array.nbytes, TO_HOST, self.stream.ptr)
+        self._runtime.memcpyAsync(array.ctypes.data, pointer, array.nbytes, BY_ADDRESS, self.stream.ptr)
         self.stream.synchronize()
 
     # Work
@@ -146,7 +166,10 @@ class Backend(DeviceBackend):
         arguments = (function.ptr, blocks, 1, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(addresses), 0)
 
         def run():
-            launch(*arguments)
+            try:
+                launch(*arguments)
+            except RuntimeError as error:  # CuPy's, which names no kernel
+                raise GpunetError(f"backend cuda: {kernel.name}: {error}") from error
 
         run.function = function  # it keeps the module
         return run
@@ -161,8 +184,11 @@ class Backend(DeviceBackend):
         try:
             for call in calls:
                 call()
-        finally:
-            graph = self.stream.end_capture()
+        except BaseException:
+            with suppress(RuntimeError):  # what went wrong first is what is told
+                self.stream.end_capture()
+            raise
+        graph = self.stream.end_capture()
         graph.upload(self.stream)
         stream = self.stream
 
@@ -188,7 +214,7 @@ class Backend(DeviceBackend):
         """Copy (view, array in shared memory) pairs on a second stream, once `after` has come; return their event."""
         self.copies.wait_event(after)
         for view, array in pairs:
-            self._runtime.memcpyAsync(view.pointer, array.ctypes.data, array.nbytes, TO_DEVICE, self.copies.ptr)
+            self._runtime.memcpyAsync(view.pointer, array.ctypes.data, array.nbytes, BY_ADDRESS, self.copies.ptr)
         event = self._cupy.cuda.Event(disable_timing=True)
         event.record(self.copies)
         return event

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 
 from gpunet.backends.device import DeviceBackend, at_address, host_array
-from gpunet.backends.emulator.build import compile_all, library
+from gpunet.backends.emulator.build import compile_all, compiler, library
 from gpunet.errors import GpunetError
 
 ORDERS = {"forward": 0, "backward": 1, "mixed": 2}  # in which the threads of a block run
@@ -56,6 +56,11 @@ class Backend(DeviceBackend):
             raise GpunetError(f"backend emulator: {missing}")
         self.order, self.sanitizer = ORDERS[order], sanitizer
         self.most_blocks = most_blocks or self.most_blocks
+
+    @property
+    def versions(self):
+        """Return the compiler's version."""
+        return {"compiler": compiler()}
 
     def malloc(self, nbytes):
         """Return zeroed memory of the C library's."""

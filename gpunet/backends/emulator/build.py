@@ -47,7 +47,7 @@ def runtime(sanitizer):
 def _compiled(path, real, pixel, sanitizer):
     text = _text(path)
     flags = (*FLAGS, *SANITIZERS[sanitizer], f"-DREAL={real}", f"-DPIXEL={pixel}")
-    name = kernel_cache.key(text, *flags, _version())
+    name = kernel_cache.key(text, *flags, compiler())
 
     def make(target):
         command = ["g++", *flags, "-x", "c++", "-", "-o", str(target)]
@@ -80,5 +80,6 @@ def _loaded(path):
 
 
 @cache
-def _version():
+def compiler():
+    """Return the first line of `g++ --version`."""
     return subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.splitlines()[0]

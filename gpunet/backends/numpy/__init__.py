@@ -25,6 +25,7 @@ class Backend:
     workspace_bytes = 8 << 20
 
     blas, fuses, graphs, show = True, False, False, None
+    versions = {}  # noqa: RUF012 - NumPy's and its BLAS's are everybody's
 
     def __init__(self, fast=True):
         self.fast = fast

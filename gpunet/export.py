@@ -1,0 +1,288 @@
+"""Trained networks as ONNX files, which other programs run. Knows the layers' formulas in ONNX's words, no backend.
+
+    gpunet.export.onnx(Predictor.load(checkpoint), "net.onnx")
+
+Images go in as gpunet has them, (n, height, width, channels), and are normalised and transposed in the graph, whose own
+layout is ONNX's, channels before pixels. Every node has the path of its layer, every constant the weight's name.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+import gpunet
+from gpunet import nn
+from gpunet.errors import GpunetError
+from gpunet.train.checkpoint import write_whole
+
+OPSET, IR = 17, 8  # of 2022, which whatever reads ONNX today should read
+INPUT, OUTPUT, PROBABILITIES = "images", "logits", "probabilities"
+LIMIT = 2**31 - 2**20  # bytes of a protobuf message, which an ONNX file is
+
+
+def onnx(model, path, *, batch=None, pixels="uint8"):
+    """Write a Predictor or a Step in inference to an ONNX file in float32; return the model as the onnx package has it.
+
+    Input "images": raw pixels 0 to 255, "uint8" or "float32" by `pixels`; of a Step without a source, which knows no
+    mean and scale, float32 as its network takes them. Outputs: "logits", the network's, and their softmax,
+    "probabilities", unless the network was not trained for classes. batch: images a call, any number by default.
+    """
+    package = _package()
+    if batch is not None and batch < 1:
+        raise GpunetError(f"export: batch: expected at least 1, got {batch}")
+    if pixels not in ("uint8", "float32"):
+        raise GpunetError(f"export: pixels: expected uint8 or float32, got '{pixels}'")
+    step, affine, classes, labels = _parts(model)
+    pixels = pixels if affine else "float32"
+    net = _Net(package, {**step.weights, **step.statistics})
+    _trace(net, step.graph, affine, pixels, labels)
+    if (nbytes := sum(value.nbytes for value in net.constants.values())) > LIMIT:
+        raise GpunetError(f"{path}: an ONNX file holds at most {LIMIT:,} bytes, this network has {nbytes:,}")
+    model = net.model(step.graph, batch, pixels, labels, _metadata(step.graph, affine, pixels, classes))
+    package.checker.check_model(model, full_check=True)
+    write_whole(Path(path), model.SerializeToString())
+    return model
+
+
+def _package():
+    try:
+        import onnx.checker
+    except ImportError:
+        raise GpunetError('export: the package onnx is missing: pip install "gpunet[onnx]"') from None
+    return onnx
+
+
+def _parts(model):
+    """Return (step, (mean, scale) or None, class names, whether outputs are for classes)."""
+    if hasattr(model, "step"):
+        return model.step, (model.mean, model.scale), model.classes, model.loss == "cross_entropy"
+    labels = model.loss is None or isinstance(model.loss, nn.SoftmaxCrossEntropy)
+    return model, (model.source.mean, model.source.scale) if model.source else None, (), labels
+
+
+def _metadata(graph, affine, pixels, classes):
+    height, width, channels = graph.input_shape
+    what = "raw pixels 0 to 255, normalised inside" if affine else "images as the network takes them, normalised"
+    return {
+        "gpunet": gpunet.__version__,
+        "input": f"{what}; {pixels} (n, {height}, {width}, {channels}): height, width, channels",
+        "input_layout": "NHWC",
+        "classes": json.dumps(list(classes), ensure_ascii=False),
+    }
+
+
+def _trace(net, graph, affine, pixels, labels):
+    """Add the nodes from the images to the outputs."""
+    x = INPUT
+    if pixels == "uint8":
+        x = net.add("Cast", x, name="input/float", to=net.package.TensorProto.FLOAT)
+    for op, value in zip(("Sub", "Mul"), affine or (), strict=False):
+        value = np.asarray(value, np.float64)
+        value = value.reshape(graph.input_shape) if value.size == math.prod(graph.input_shape) else value
+        x = net.add(op, x, net.constant({"Sub": "input/mean", "Mul": "input/scale"}[op], value), name=f"input/{op}")
+    values = {graph.input: net.add("Transpose", x, name="input/channels_first", perm=(0, 3, 1, 2))}
+    for node in graph.nodes:
+        form = FORMS.get(type(node.layer))  # a class derived from one may compute anything
+        if form is None:
+            known = ", ".join(kind.__name__ for kind in FORMS)
+            raise GpunetError(f"{node.path}: {type(node.layer).__name__} has no form in ONNX; expected one of {known}")
+        values[node] = form(net, node, *(values[i] for i in node.inputs))
+    y = values[graph.output]
+    if len(graph.output_shape) == 3:
+        y = net.add("Transpose", y, name="output/channels_last", perm=(0, 2, 3, 1))
+    net.add("Identity", y, name="output/logits", output=OUTPUT)
+    if labels:
+        net.add("Softmax", OUTPUT, name="output/softmax", output=PROBABILITIES, axis=-1)
+
+
+class _Net:
+    """An ONNX graph in the making: nodes in order, constants by name."""
+
+    def __init__(self, package, tensors):
+        self.package, self.tensors = package, tensors
+        self.nodes, self.constants = [], {}
+
+    def add(self, op, *inputs, name, output=None, **attributes):
+        """Add a node, and return the name of its output: "<its own>:output" unless told."""
+        output = output or f"{name}:output"
+        self.nodes.append(self.package.helper.make_node(op, inputs, [output], name, **attributes))
+        return output
+
+    def constant(self, name, value, dtype=np.float32):
+        """Return the name of a constant; a weight that is read twice is there once, unless it is laid out otherwise."""
+        value, wanted = np.ascontiguousarray(value, dtype), name
+        for number in range(2, len(self.constants) + 3):
+            if np.array_equal(self.constants.setdefault(name, value), value, equal_nan=value.dtype.kind == "f"):
+                return name
+            name = f"{wanted}@{number}"
+        raise AssertionError(wanted)
+
+    def weight(self, parameter, arrange=None):
+        """Return the name of a weight or statistic as a constant, its values arranged by a function."""
+        value = self.tensors[parameter.name]
+        return self.constant(parameter.name, value if arrange is None else arrange(value))
+
+    def model(self, graph, batch, pixels, labels, metadata):
+        """Return the finished model."""
+        helper, kinds = self.package.helper, self.package.TensorProto
+        kind = {"uint8": kinds.UINT8, "float32": kinds.FLOAT}[pixels]
+        n = batch or "n"
+        outputs = [OUTPUT, PROBABILITIES] if labels else [OUTPUT]
+        made = helper.make_graph(
+            self.nodes,
+            "gpunet",
+            [helper.make_tensor_value_info(INPUT, kind, [n, *graph.input_shape])],
+            [helper.make_tensor_value_info(name, kinds.FLOAT, [n, *graph.output_shape]) for name in outputs],
+            [self.package.numpy_helper.from_array(value, name) for name, value in self.constants.items()],
+        )
+        opset = [helper.make_opsetid("", OPSET)]
+        model = helper.make_model(made, opset_imports=opset, ir_version=IR, producer_name="gpunet")
+        model.producer_version = gpunet.__version__
+        helper.set_model_props(model, metadata)
+        return model
+
+
+# Layers. A form is a function (net, node, inputs...) -> output; shapes stand in the nodes, without the batch.
+
+
+def _conv(net, node, x):
+    layer = node.layer
+    inputs = [x, net.weight(layer.parameters["weight"], lambda w: w.transpose(3, 2, 0, 1))]
+    if layer.bias:
+        inputs.append(net.weight(layer.parameters["bias"]))
+    return net.add(
+        "Conv", *inputs, name=node.path, kernel_shape=layer.size, strides=layer.stride, pads=layer.padding * 2,
+        dilations=layer.dilation, group=layer.groups,
+    )  # fmt: skip
+
+
+def _linear(net, node, x):
+    """Gemm; for an image the weight's rows are put into the order in which its values lie here, channels first."""
+    shape, layer = node.inputs[0].shape, node.layer
+
+    def arrange(weight):
+        if len(shape) == 1:
+            return weight
+        rows = weight.reshape(*shape, layer.outputs)
+        return rows.transpose(2, 0, 1, 3).reshape(weight.shape)
+
+    if len(shape) == 3:
+        x = net.add("Flatten", x, name=f"{node.path}/flatten")
+    inputs = [x, net.weight(layer.parameters["weight"], arrange)]
+    if layer.bias:
+        inputs.append(net.weight(layer.parameters["bias"]))
+    return net.add("Gemm", *inputs, name=node.path)
+
+
+def _batchnorm(net, node, x, name=None):
+    given = [net.weight(node.layer.parameters[key]) for key in ("gamma", "beta", "mean", "variance")]
+    return net.add("BatchNormalization", x, *given, name=name or node.path, epsilon=node.layer.eps)
+
+
+def _batchnorm_relu(net, node, x, *residual):
+    """The fused layers, taken apart again."""
+    x = _batchnorm(net, node, x, f"{node.path}/norm")
+    if residual:
+        x = net.add("Add", x, *residual, name=f"{node.path}/add")
+    return net.add("Relu", x, name=node.path)
+
+
+def _activation(op):
+    return lambda net, node, x: net.add(op, x, name=node.path)
+
+
+def _leaky_relu(net, node, x):
+    return net.add("LeakyRelu", x, name=node.path, alpha=node.layer.scalars[0])
+
+
+def _gelu(net, node, x):
+    """x * (1 + erf(x / sqrt 2)) / 2; opset 17 has no Gelu yet."""
+    y = net.add("Mul", x, net.constant("gelu/root", 0.5**0.5), name=f"{node.path}/scaled")
+    y = net.add("Erf", y, name=f"{node.path}/erf")
+    y = net.add("Add", y, net.constant("gelu/one", 1), name=f"{node.path}/sum")
+    half = net.add("Mul", x, net.constant("gelu/half", 0.5), name=f"{node.path}/half")
+    return net.add("Mul", half, y, name=node.path)
+
+
+def _silu(net, node, x):
+    return net.add("Mul", x, net.add("Sigmoid", x, name=f"{node.path}/sigmoid"), name=node.path)
+
+
+def _ends(node):
+    """Return how far the last window reaches beyond the lower and right edge of the image, 0 if it ends before.
+
+    With that as explicit padding ONNX's plain rule gives our output's size, so that nothing depends on its ceil_mode,
+    which other programs read in more than one way.
+    """
+    layer, image = node.layer, node.inputs[0].shape
+    sizes = zip(node.shape[:2], layer.stride, layer.size, image[:2], layer.padding, strict=True)
+    return tuple(max(0, (out - 1) * stride + k - n - pad) for out, stride, k, n, pad in sizes)
+
+
+def _max_pool(net, node, x):
+    layer = node.layer
+    pads = (*layer.padding, *_ends(node))
+    return net.add("MaxPool", x, name=node.path, kernel_shape=layer.size, strides=layer.stride, pads=pads)
+
+
+def _avg_pool(net, node, x):
+    """The divisor: pixels of the image, or of the padded image, that lie in the window; never beyond the padding."""
+    layer, ends = node.layer, _ends(node)
+    before = layer.padding
+    counts = int(layer.include_pad and any(before))
+    if counts and any(end > pad for end, pad in zip(ends, before, strict=True)):
+        # A window hangs over the padding, too. So the image is padded first, and then as good as without padding.
+        places = net.constant(f"{node.path}/pads", (0, 0, *before, 0, 0, *before), np.int64)
+        x = net.add("Pad", x, places, name=f"{node.path}/padded")
+        ends = tuple(max(0, end - pad) for end, pad in zip(ends, before, strict=True))
+        before, counts = (0, 0), 0
+    return net.add(
+        "AveragePool", x, name=node.path, kernel_shape=layer.size, strides=layer.stride, pads=(*before, *ends),
+        count_include_pad=counts,
+    )  # fmt: skip
+
+
+def _global_avg_pool(net, node, x):
+    return net.add("Flatten", net.add("GlobalAveragePool", x, name=f"{node.path}/mean"), name=node.path)
+
+
+def _add(net, node, x, *others):
+    for number, other in enumerate(others, 1):
+        last = number == len(others)
+        x = net.add("Add", x, other, name=node.path if last else f"{node.path}/{number}")
+    return x
+
+
+def _concat(net, node, *xs):
+    return net.add("Concat", *xs, name=node.path, axis=1)
+
+
+def _flatten(net, node, x):
+    """In gpunet's order: height, width, channel."""
+    if len(node.inputs[0].shape) == 3:
+        x = net.add("Transpose", x, name=f"{node.path}/channels_last", perm=(0, 2, 3, 1))
+    return net.add("Flatten", x, name=node.path)
+
+
+FORMS = {
+    nn.Conv2d: _conv,
+    nn.Linear: _linear,
+    nn.BatchNorm: _batchnorm,
+    nn.BatchNormReLU: _batchnorm_relu,
+    nn.BatchNormAddReLU: _batchnorm_relu,
+    nn.ReLU: _activation("Relu"),
+    nn.LeakyReLU: _leaky_relu,
+    nn.Sigmoid: _activation("Sigmoid"),
+    nn.Tanh: _activation("Tanh"),
+    nn.GELU: _gelu,
+    nn.SiLU: _silu,
+    nn.MaxPool: _max_pool,
+    nn.AvgPool: _avg_pool,
+    nn.GlobalAvgPool: _global_avg_pool,
+    nn.Dropout: lambda net, node, x: x,
+    nn.Add: _add,
+    nn.Concat: _concat,
+    nn.Flatten: _flatten,
+}
