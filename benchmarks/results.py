@@ -1,6 +1,6 @@
-"""Where measurements go: a JSON for each benchmark, machine and day in results/, and results/README.md made from them.
+"""Where measurements go: a JSON for each benchmark, machine and day in results/, and the tables made from them.
 
-python benchmarks/results.py     # make the table anew
+python benchmarks/results.py     # make README.md, and a table for each GPU's report, anew
 """
 
 import datetime
@@ -46,9 +46,13 @@ def store(benchmark, name, record):
     print(f"wrote {path}")
 
 
-def table():
-    """Write results/README.md from all records."""
-    records = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+def table(folder=FOLDER):
+    """Write README.md from all records of a folder, and the table of each GPU's report."""
+    paths = sorted(folder.glob("*.json"))
+    records = [json.loads(path.read_text()) for path in paths]
+    reports = [(path, r) for path, r in zip(paths, records, strict=True) if r["benchmark"] == "gpu"]
+    for path, record in reports:
+        path.with_suffix(".md").write_text(gpu_table(record))
     lines = ["# Measured", "", "Made by `python benchmarks/results.py` from the JSON files beside this one.", ""]
     lines += _section(
         "One training step on the CPU (median over rounds; benchmarks/step_cpu.py)",
@@ -60,7 +64,12 @@ def table():
         "| recipe | seeds | test accuracy, median (range) | last epoch: training loss | whole process | conditions |",
         [_accuracy_row(r) for r in records if r["benchmark"] == "accuracy"],
     )
-    (FOLDER / "README.md").write_text("\n".join(lines) + "\n")
+    lines += _section(
+        "On a GPU (benchmarks/gpu_report.py)",
+        "| device | date | what came out | report | conditions |",
+        [_gpu_row(path, r) for path, r in reports],
+    )
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
 
 
 def _section(title, header, rows):
@@ -89,6 +98,137 @@ def _accuracy_row(r):
         f"| {r['name']} | {len(runs)} | {accuracy} | {median['train_loss_last_epoch']:.3f} "
         f"| {median['seconds']:.0f} s | {settings}{_conditions(r)} |"
     )
+
+
+# The report of a GPU: parts, and in them items with rows of tables
+
+
+class GpuRecord:
+    """The JSON of one device and day: parts that run at different times come together in it. folder: None keeps none.
+
+    {"benchmark": "gpu", "name": device, "date": day, "parts": {part: {"conditions", "minutes", "seconds", "items"}}}
+    """
+
+    def __init__(self, folder, device, emulated=False):
+        self.folder, self.device = folder, device
+        date = datetime.date.today().isoformat()
+        self.record = {"benchmark": "gpu", "name": device, "date": date, "emulated": emulated, "parts": {}}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            stem = re.sub(r"[^a-z0-9.]+", "-", f"gpu {device} {date}".lower()).strip("-")
+            self.path = folder / f"{stem}.json"
+            if self.path.is_file():
+                self.record = json.loads(self.path.read_text())
+
+    def part(self, name, conditions, minutes):
+        """Return a part to be filled: items that it has already stay until they are run again."""
+        part = self.record["parts"].setdefault(name, {"items": {}})
+        part |= {"conditions": conditions, "minutes": minutes}
+        return part
+
+    def save(self):
+        """Write JSON and table; whoever reads meanwhile sees whole files."""
+        if self.folder is None:
+            return
+        for path, text in (
+            (self.path, json.dumps(self.record, indent=1) + "\n"),
+            (self.path.with_suffix(".md"), gpu_table(self.record)),
+        ):
+            aside = path.with_suffix(".part")
+            aside.write_text(text)
+            os.replace(aside, path)
+
+
+def gpu_table(record):
+    """Return the Markdown of a GPU's report."""
+    lines = [f"# gpunet on {record['name']}, {record['date']}", ""]
+    lines += [
+        "Made by `python benchmarks/results.py` from the JSON beside it, measured by benchmarks/gpu_report.py.",
+        "",
+    ]
+    if record["emulated"]:
+        lines += ["**The emulator stood in for a GPU: what is right or wrong holds, times mean nothing.**", ""]
+    lines += _conditions_table(record["parts"])
+    for name, part in record["parts"].items():
+        lines += ["", f"## {name}", "", _counted(part)]
+        lines += _unfinished(part["items"])
+        for item in part["items"].values():
+            if item.get("text"):
+                lines += ["", "```", item["text"], "```"]
+        for title, rows in _tables(part["items"]).items():
+            about = next((i["about"][title] for i in part["items"].values() if title in i.get("about", {})), "")
+            lines += ["", f"### {title}", "", *([about, ""] if about else []), *_markdown(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _conditions_table(parts):
+    """Return lines: what is the same for all parts, and what differs between them."""
+    rows = []
+    for what in dict.fromkeys(key for part in parts.values() for key in part["conditions"]):
+        said = {name: str(part["conditions"][what]) for name, part in parts.items() if what in part["conditions"]}
+        texts = list(dict.fromkeys(said.values()))
+        together = len(texts) == 1
+        rows.append({"condition": what, "": texts[0] if together else "; ".join(f"{p}: {t}" for p, t in said.items())})
+    return _markdown(rows)
+
+
+def _counted(part):
+    """Return how many items came to what, and how long the part took."""
+    found = [item["status"] for item in part["items"].values()]
+    counts = ", ".join(f"{found.count(status)} {status}" for status in dict.fromkeys(found))
+    versions = dict.fromkeys(item["gpunet"] for item in part["items"].values() if "gpunet" in item)
+    several = f" Measured with: {'; '.join(versions)}." if len(versions) > 1 else ""
+    return f"{counts or 'nothing was run'}; {part.get('seconds', 0):.0f} s of {part['minutes']:g} minutes.{several}"
+
+
+def _unfinished(items):
+    """Return lines on the items that are not ok, and on what the others noted."""
+    rows = [
+        {"item": name, "status": item["status"], "why": item.get("why", "; ".join(item.get("notes", [])))}
+        for name, item in items.items()
+        if item["status"] != "ok" or item.get("notes")
+    ]
+    return ["", *_markdown(rows)] if rows else []
+
+
+def _tables(items):
+    """Return {title: rows} of all items; of rows with one `_key` the one with the largest `_size` stays."""
+    tables = {}
+    for item in items.values():
+        for title, rows in item.get("rows", {}).items():
+            known = tables.setdefault(title, {})
+            for row in rows:
+                key = row.get("_key", len(known))
+                if key not in known or known[key].get("_size", 0) < row.get("_size", 0):
+                    known[key] = row
+    return {title: [rows[key] for key in sorted(rows, key=lambda k: k if isinstance(k, str) else "")]
+            for title, rows in tables.items()}  # fmt: skip
+
+
+def _markdown(rows):
+    """Return the lines of a table of dicts."""
+    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if not c.startswith("_")]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return lines + [f"| {' | '.join(_cell(row.get(c)) for c in columns)} |" for row in rows]
+
+
+def _cell(value):
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _gpu_row(path, r):
+    parts = "; ".join(f"{name}: {_counted(part)}" for name, part in r["parts"].items())
+    conditions = {key: text for part in r["parts"].values() for key, text in part["conditions"].items()}
+    known = ("gpunet", "driver_version", "CUDA runtime of CuPy", "cupy-cuda13x", "cupy-cuda12x", "cuBLAS", "torch")
+    versions = ", ".join(f"{key} {conditions[key]}" for key in known if key in conditions)
+    note = "times mean nothing; " if r["emulated"] else ""
+    return f"| {r['name']} | {r['date']} | {parts} | [table]({path.with_suffix('.md').name}) | {note}{versions} |"
 
 
 if __name__ == "__main__":
