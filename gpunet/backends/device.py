@@ -11,6 +11,7 @@ import numpy as np
 
 from gpunet.core.backend import evaluate
 from gpunet.core.sources import SCALARS
+from gpunet.core.trace import c_order
 from gpunet.errors import GpunetError
 
 THREADS = 256  # of every block, as in kernels/common.cuh
@@ -51,7 +52,7 @@ class View:
     @property
     def contiguous(self):
         """Whether its elements follow each other in C order."""
-        return self.element_strides == _c_order(self.shape)
+        return self.element_strides == c_order(self.shape)
 
     def __getitem__(self, rows):
         """Return the view of a range of its first axis."""
@@ -61,10 +62,6 @@ class View:
         offset = start * self.element_strides[0] * self.dtype.itemsize
         shape = (max(stop - start, 0), *self.shape[1:])
         return View(self.memory, self.pointer + offset, shape, self.dtype, self.element_strides)
-
-
-def _c_order(shape):
-    return tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
 
 
 def host_array(view):

@@ -34,7 +34,8 @@ class Step:
     "float64", "float16" or "bfloat16"; weights stay float32 (float64). replicas: CPU threads, one a core unless told.
     source: where `gradient()` draws its batches. keep: patterns of tensors that `read` returns after a replay, such
     as "stage1.*:output", "head:output_gradient" or "input:gradient". backend: an object, or a name ("auto": the GPU
-    where there is one); one that fuses layers keeps no outputs between those.
+    where there is one); one that fuses layers keeps no outputs between those. What is kept is read after `gradient`
+    or `predict`: an `update` behind it may use the same memory.
     """
 
     def __init__(self, graph, loss=None, optimizer=None, *, batch, dtype="float32", backend="numpy", replicas=None,

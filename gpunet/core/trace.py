@@ -81,7 +81,12 @@ class Tensor:
         """Strides in elements, also of a contiguous tensor."""
         if self.strides is not None:
             return self.strides
-        return tuple(int(np.prod(self.shape[i + 1 :], dtype=np.int64)) for i in range(len(self.shape)))
+        return c_order(self.shape)
+
+
+def c_order(shape):
+    """Return the strides, in elements, of an array whose elements follow each other."""
+    return tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
 
 
 @dataclass(eq=False)
