@@ -261,6 +261,16 @@ def test_a_kernel_that_does_not_compile_is_told_with_its_place(start, tmp_path):
         start().compile({(path, "float", "uint8")})
 
 
+def test_nvrtc_says_what_it_lacks(monkeypatch):
+    if nvrtc.available():
+        with pytest.raises(GpunetError, match="^NVRTC: NVRTC_ERROR_INVALID_INPUT$"):
+            nvrtc._check(3)
+    monkeypatch.setattr(nvrtc, "_file", lambda: None)
+    assert not nvrtc.available()
+    with pytest.raises(GpunetError, match="^NVRTC: there is no libnvrtc; pip install nvidia-cuda-nvrtc$"):
+        nvrtc._library.__wrapped__()
+
+
 # Memory
 
 
@@ -313,6 +323,17 @@ def test_other_failures_of_an_allocation_are_not_called_out_of_memory(gpu, start
     for allocate in (backend.allocate, backend.allocate_shared):
         with pytest.raises(fake_cuda.CUDARuntimeError, match="cudaErrorIllegalAddress"):
             allocate(100)
+
+
+def test_memory_is_left_to_the_driver_when_the_process_ends(gpu, start, monkeypatch):
+    """CuPy may be gone by then."""
+    memory = start().allocate(100)
+    held = set(gpu.blocks)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "is_finalizing", lambda: True)
+        del memory
+        gc.collect()
+    assert set(gpu.blocks) == held
 
 
 def test_memory_of_a_broken_device_dies_in_silence(gpu, start, monkeypatch):

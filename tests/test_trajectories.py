@@ -147,7 +147,9 @@ def test_accumulated_batches_in_double(replicas):
     assert_agree(trained(Backend(), 4, accumulate=2, replicas=replicas), expected)
 
 
-@pytest.mark.parametrize(("make", "accumulate"), [(NumPy, 1), (NumPy, 2), (Backend, 2)])
+@pytest.mark.parametrize(
+    ("make", "accumulate"), [(NumPy, 1), (NumPy, 2), (Backend, 2)], ids=["numpy-1", "numpy-2", "emulator-2"]
+)
 def test_three_steps_in_one_call_are_three_calls(make, accumulate):
     """Bit for bit, across the ends of epochs."""
     expected = trained(make(), 6, dtype="float32", accumulate=accumulate)

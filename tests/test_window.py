@@ -7,7 +7,11 @@ import pytest
 
 from gpunet import GpunetError, Source, Step, nn, optim
 from gpunet.backends.numpy import Backend
+from gpunet.core.backend import Types
+from gpunet.core.trace import Share, Trace
 from gpunet.data import Split
+from gpunet.train.config import load_config
+from gpunet.train.summary import Plan
 
 BATCH = 8
 RNG = np.random.default_rng(0)
@@ -107,3 +111,18 @@ def test_each_half_is_copied_once_an_epoch_and_ahead_of_its_use():
 def test_a_window_too_small_for_two_batches_is_refused():
     with pytest.raises(GpunetError, match="source train: window: expected at least two batches of 8 images, got 15"):
         trained(15)
+
+
+def test_the_largest_batch_is_one_that_the_window_holds():
+    config = load_config("mlp_shapes", ["train.batch=20", "train.window=40"])
+    assert Plan(config).largest_batch(1 << 40) == 20
+
+
+def test_a_product_of_batches_has_a_result_of_batches():
+    t = Trace(Types.of("float32"), Share.of(1, 0, 1), {}, {}, training=False, engine="unfold")
+    a, b = t.empty((2, 3, 4)), t.empty((2, 4, 5))
+    t.matmul(a, b, t.empty((2, 3, 5)))
+    flat, mixed = ((2, 3, 4), (2, 4, 5), (3, 5)), ((2, 3, 4), (4, 5), (2, 3, 5))
+    for shapes in (flat, mixed, ((1, 2, 3, 4), (1, 2, 4, 5), (1, 2, 3, 5))):
+        with pytest.raises(GpunetError, match="matmul: .* does not give"):
+            t.matmul(*map(t.empty, shapes))

@@ -287,7 +287,8 @@ class Trace:
                 f"{' or '.join(dict.fromkeys(map(str, known)))}, got {a.dtype} @ {b.dtype} -> {out.dtype}"
             )
         m, k = a.shape[-2:]
-        if b.shape[-2] != k or out.shape[-2:] != (m, b.shape[-1]) or a.shape[:-2] != b.shape[:-2]:
+        batch = a.shape[:-2]
+        if len(batch) > 1 or b.shape != (*batch, k, b.shape[-1]) or out.shape != (*batch, m, b.shape[-1]):
             raise GpunetError(f"{self.path}: matmul: {a.shape} @ {b.shape} does not give {out.shape}")
         flops = 2 * out.size * k
         options = {"accumulate": accumulate, "compute": self.types.compute}

@@ -63,7 +63,7 @@ class Plan:
 
     def largest_batch(self, limit):
         """Return the largest batch whose plan fits into `limit` bytes; 0 if none does."""
-        most = min(len(self.data.train), LARGEST)
+        most = min(len(self.data.train), LARGEST, (self.config.train.window or 2 * LARGEST) // 2)
         low, high = 0, 1
         while low < high <= most:
             if sum(self.memory(high).values()) <= limit:
