@@ -7,7 +7,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "errors", "export", "models", "nn", "optim", "resources", "testing", "train")
+_MODULES = ("data", "errors", "export", "models", "nn", "ops", "optim", "resources", "testing", "train")
 _OBJECTS = {
     "GpunetError": "gpunet.errors",
     "Source": "gpunet.core.source",

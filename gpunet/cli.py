@@ -26,6 +26,20 @@ Backend = Annotated[
 Which = Annotated[str | None, typer.Option("--checkpoint", metavar="best|last", help="The best if there is one.")]
 
 
+def _load_ops(paths):
+    """Run the files that --ops names."""
+    from gpunet import ops
+
+    for path in paths or ():
+        ops.load(path)
+
+
+Ops = Annotated[
+    list[str] | None,
+    typer.Option("--ops", metavar="FILE.py", callback=_load_ops, help="Your own kernels, layers and MODELS."),
+]
+
+
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False):
     """Train convolutional networks: on NumPy anywhere, with CUDA kernels on an NVIDIA GPU."""
@@ -46,6 +60,7 @@ def train(
     inexact: Annotated[
         bool, typer.Option("--inexact", help="Go on although the weights will not be the same bit for bit.")
     ] = False,
+    ops: Ops = None,
 ):
     """Train a recipe; leave a run directory with checkpoints, metrics, curves and a report."""
     from gpunet.train import Trainer
@@ -73,6 +88,7 @@ def evaluate(
         str | None, typer.Option("--out", metavar="FOLDER", help="Where pictures go; evaluation-SPLIT in the run.")
     ] = None,
     numbers: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
+    ops: Ops = None,
 ):
     """Measure a run's network on a split: accuracy, likelihood, calibration, each class; draw them and its mistakes."""
     import json
@@ -114,6 +130,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files.")],
     checkpoint: Which = None,
     backend: Backend = None,
+    ops: Ops = None,
 ):
     """Name the three likeliest classes of pictures, which are scaled and cut as in training."""
     import numpy as np
@@ -139,6 +156,7 @@ def export(
     pixels: Annotated[
         str, typer.Option("--pixels", metavar="uint8|float32", help="The type of the raw pixels that it takes.")
     ] = "uint8",
+    ops: Ops = None,
 ):
     """Write the network of a run as an ONNX file: raw pixels in, logits and probabilities out."""
     from gpunet.export import IR, OPSET, onnx
@@ -188,6 +206,7 @@ def summary(
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Find its largest batch.")] = None,
     fusions: Annotated[bool, typer.Option("--plan", help="Show which chains of layers are fused.")] = False,
     picture: Annotated[str | None, typer.Option("--graph", metavar="FILE.svg", help="Draw the network there.")] = None,
+    ops: Ops = None,
 ):
     """Show layers, shapes, weights, FLOPs and planned memory of a recipe; nothing is trained and no image is read."""
     from gpunet.backends import choose
@@ -220,6 +239,7 @@ def profile(
     backend: Backend = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps that are timed.")] = 10,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where trace.json goes.")] = ".",
+    ops: Ops = None,
 ):
     """Time some training steps of a recipe by layer and by kernel, beside what this machine can do.
 

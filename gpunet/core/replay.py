@@ -11,7 +11,6 @@ from itertools import groupby
 
 import numpy as np
 
-from gpunet.core import sources
 from gpunet.core.observe import COLLECTIVES, Output
 from gpunet.core.plan import Plan, plan
 from gpunet.core.replicas import Team
@@ -181,7 +180,7 @@ class Replay:
         if key not in self._bound:
             programs = self.program(key)
             launches = [e for p in programs for e in p.plan.entries if e.kind == "launch"]
-            self.backend.prepare([(sources.kernels()[e.name], e.arguments) for e in launches])
+            self.backend.prepare([(e.kernel, e.arguments) for e in launches])
             self._bound[key] = [self._bind_replica(programs, r) for r in range(len(programs))]
         return self._bound[key]
 
@@ -209,7 +208,7 @@ class Replay:
         views = [self._view(program, replica, a) if hasattr(a, "base") else a for a in entry.arguments]
         workspace = self._workspaces[replica]
         if entry.kind == "launch":
-            return self.backend.bind_launch(sources.kernels()[entry.name], views, workspace)
+            return self.backend.bind_launch(entry.kernel, views, workspace)
         if entry.kind == "matmul":
             return self.backend.bind_matmul(*views, entry.options["accumulate"], entry.options["compute"], workspace)
         return self.backend.bind_call(entry.name, views, entry.options, workspace)
@@ -234,5 +233,5 @@ class Replay:
 def _output_names(entry):
     """Return the name of each tensor that an entry writes: the kernel's argument, or what there is to say."""
     if entry.kind == "launch":
-        return [a.name for a in sources.kernels()[entry.name].arguments if a.output]
+        return [a.name for a in entry.kernel.arguments if a.output]
     return ["out", *(f"out {number}" for number in range(2, len(entry.writes) + 1))][: len(entry.writes)]

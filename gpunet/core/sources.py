@@ -9,6 +9,7 @@ The comment behind a pointer is its extent: a Python expression over the integer
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,13 +49,17 @@ class Argument:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's declaration: `form` is "over" or "blocks", `count` the expression of how many."""
+    """A kernel's declaration: `form` is "over" or "blocks", `count` the expression of how many.
+
+    definition: its NumPy twin, of a kernel from outside of gpunet; those of its own are found by the file's stem.
+    """
 
     name: str
     path: Path
     form: str
     count: str
     arguments: tuple[Argument, ...]
+    definition: Callable | None = None
 
     @property
     def stem(self):

@@ -91,7 +91,10 @@ def c_order(shape):
 
 @dataclass(eq=False)
 class Entry:
-    """One line of the list. `kind` is launch, matmul, call, reduce or barrier; `name` what is launched or called."""
+    """One line of the list. `kind` is launch, matmul, call, reduce or barrier; `name` what is launched or called.
+
+    kernel: the declaration of what is launched.
+    """
 
     kind: str
     name: str
@@ -101,6 +104,7 @@ class Entry:
     path: str
     flops: int = 0
     options: dict = field(default_factory=dict)
+    kernel: sources.Kernel | None = None
 
     @property
     def nbytes(self):
@@ -257,21 +261,26 @@ class Trace:
 
     # Entries
 
-    def launch(self, name, *arguments):
-        """Add a launch of kernel `name`; arguments are checked here, where the layer is known."""
-        kernel = sources.kernels().get(name)
-        if kernel is None:
-            raise GpunetError(f"{self.path}: there is no kernel '{name}'")
+    def launch(self, kernel, *arguments):
+        """Add a launch of gpunet's own kernel of this name, or of a Kernel from elsewhere (gpunet.ops).
+
+        Arguments are checked here, where the layer is known.
+        """
+        if isinstance(kernel, str):
+            if kernel not in sources.kernels():
+                raise GpunetError(f"{self.path}: there is no kernel '{kernel}'")
+            kernel = sources.kernels()[kernel]
         cast = check_launch(kernel, arguments, self.types, self.path)
         pairs = list(zip(kernel.arguments, cast, strict=True))
         self.entries.append(
             Entry(
                 "launch",
-                name,
+                kernel.name,
                 cast,
                 tuple(v for a, v in pairs if a.pointer and a.const),
                 tuple(v for a, v in pairs if a.output),
                 self.path,
+                kernel=kernel,
             )
         )
 

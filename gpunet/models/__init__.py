@@ -34,7 +34,8 @@ def build(name, input_shape=(32, 32, 3), classes=10, **arguments):
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise GpunetError(f"model: unknown name {name!r}; {hint}known: {', '.join(MODELS)}")
+        known = ", ".join(MODELS)
+        raise GpunetError(f"model: unknown name {name!r}; {hint}known: {known}; --ops FILE.py adds your own")
     known = [p for p in inspect.signature(MODELS[name]).parameters if p not in ("input_shape", "classes")]
     for argument in arguments:
         if argument not in known:

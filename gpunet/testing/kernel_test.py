@@ -14,14 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from gpunet import resources
+from gpunet import ops, resources
 from gpunet.backends import emulator
 from gpunet.backends.cuda import nvrtc
 from gpunet.backends.emulator import build
@@ -234,12 +233,7 @@ def _checks(names):
 def _own(path):
     """Return the Subjects of a user's file, whose cases fit the kernels' declarations."""
     beside = path.with_suffix(".py")
-    try:
-        subjects = user.subjects(path)
-    except Exception as error:
-        if isinstance(error, GpunetError):
-            raise
-        raise GpunetError(f"{beside}: {_said(error, beside)}") from error
+    subjects = user.subjects(path)
     sources.inlined(path)
     for subject, type_name, size in product(subjects, parity.TYPES, range(SIZES)):
         place = f"{beside}: case {size} in {type_name}"
@@ -247,7 +241,7 @@ def _own(path):
             arguments = subject.case(np.random.default_rng(size), size, *parity.TYPES[type_name])
             given, expected = list(arguments), [a.name for a in subject.kernel.arguments]
         except Exception as error:
-            raise GpunetError(f"{place}: {subject.kernel.name}: {_said(error, beside)}") from error
+            raise GpunetError(f"{place}: {subject.kernel.name}: {ops.said(error, beside)}") from error
         if given != expected:
             raise GpunetError(f"{place}: {subject.kernel.name}: expected {', '.join(expected)}, got {', '.join(given)}")
         check_launch(subject.kernel, [_traced(v) for v in arguments.values()], Types.of(type_name), place)
@@ -256,13 +250,6 @@ def _own(path):
 
 def _traced(value):
     return Tensor(Base(value.nbytes), value.shape, value.dtype) if isinstance(value, np.ndarray) else value
-
-
-def _said(error, file):
-    """Return an exception of a user's Python code as one line with the line of their file."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == file.name]
-    place = f" (line {lines[-1]})" if lines else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def _groups(checks):
@@ -357,7 +344,7 @@ def child(kind, path, *names):
             result = parity.check(known[name], backend, type_name)
             found = result.error, result.problem
         except Exception as error:
-            found = np.inf, _said(error, Path(inspect.getfile(known[name].definition)))
+            found = np.inf, ops.said(error, Path(inspect.getfile(known[name].definition)))
         print(json.dumps(found), file=out, flush=True)
 
 

@@ -303,7 +303,9 @@ def _check_arguments(section, named, functions, place, origin):
     """Check that `name` is one of `functions` and that every other key is an argument of it."""
     if named.name not in functions:
         where, hint = origin.get((section, "name"), place), nearest(named.name, functions)
-        raise GpunetError(f"{where}: 'name' in [{section}]: got '{named.name}'; {hint}known: {', '.join(functions)}")
+        own = "; --ops FILE.py adds your own" if section == "model" else ""
+        known = ", ".join(functions)
+        raise GpunetError(f"{where}: 'name' in [{section}]: got '{named.name}'; {hint}known: {known}{own}")
     arguments = inspect.signature(functions[named.name]).parameters
     own = [a for a in arguments if a not in ("input_shape", "classes", "directory")]
     known = list(dict.fromkeys([*type(named).model_fields, *own]))

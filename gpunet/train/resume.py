@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from threadpoolctl import threadpool_info
 
 import gpunet
+from gpunet import ops
 from gpunet.core import random
 from gpunet.errors import GpunetError
 from gpunet.train.checkpoint import write_whole
@@ -192,6 +193,7 @@ def pins(step):
         "dtype": step.types.compute,
         "replicas": step.replicas,
         "processor": processor(),
+        **ops.digests(step.graph),
     }
 
 

@@ -104,6 +104,8 @@ class Backend:
 
     def bind_launch(self, kernel, arguments, workspace):
         """Bind the fast twin where there is one that covers the case, else the definition."""
+        if kernel.definition is not None:
+            return partial(kernel.definition, *arguments)
         if self.fast:
             module = f"gpunet.backends.numpy.fast_{kernel.stem}"
             twin = getattr(import_module(module), kernel.name, None) if find_spec(module) else None
