@@ -1,6 +1,7 @@
 """What all tests share: one BLAS thread (replicas are our threads), calm hypothesis, the real data."""
 
 import os
+import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported
 
@@ -9,9 +10,36 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from gpunet import cli
+from gpunet.train import report
+
 # A loaded machine must not fail a test. The rest stays as it is: with CI set, the same examples each time.
 settings.register_profile("gpunet", parent=settings.default, deadline=None)
 settings.load_profile("gpunet")
+
+
+@pytest.fixture
+def gpunet(monkeypatch, capsys):
+    """The command `gpunet` in this process: returns (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpunet", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Trainings that draw nothing: drawing takes longer than they do."""
+    monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,13 @@ class Killed(BaseException):
     """What nothing in a training may catch, as nothing catches SIGKILL."""
 
 
-def halves(train=90, validation=20, test=20, side=6):
+def halves(train=90, validation=20, test=20, side=6, contrast=60):
     """Two classes: bright left or bright right halves in noise."""
     rng = np.random.default_rng(0)
     labels = (np.arange(train + validation + test) % 2).astype(np.int32)
     images = rng.integers(0, 120, (len(labels), side, side, 3))
-    images[labels == 0, :, : side // 2] += 60
-    images[labels == 1, :, side // 2 :] += 60
+    images[labels == 0, :, : side // 2] += contrast
+    images[labels == 1, :, side // 2 :] += contrast
     cuts = np.cumsum([train, validation])
     parts = zip(np.split(images.astype(np.uint8), cuts), np.split(labels, cuts), strict=True)
     return data.DataSet("halves", ("left", "right"), *(data.Split(*part) if len(part[1]) else None for part in parts))

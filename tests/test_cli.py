@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gpunet import cli
-from gpunet.train import report
-
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_TOML = """
 [model]
@@ -33,24 +30,14 @@ replicas = 1
 """
 
 
-@pytest.fixture
-def gpunet(monkeypatch, capsys, tmp_path):
-    """Run the command in a fresh folder; return (exit code, standard output, standard error)."""
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A fresh folder with small.toml to be in."""
     monkeypatch.chdir(tmp_path)
     Path("small.toml").write_text(SMALL_TOML)
-    monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
-    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpunet", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpunet import backends, cli, doctor
+from gpunet import backends, doctor
 from gpunet.backends import cache, emulator
 from gpunet.backends.cuda import detect
 from gpunet.backends.cuda.detect import Device, Facts
@@ -419,22 +419,6 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     assert doctor._folder(tmp_path / "a" / "b") == f"{tmp_path / 'a' / 'b'}, writable, not there yet"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert doctor._folder(tmp_path) == f"{tmp_path}, not writable"
-
-
-@pytest.fixture
-def gpunet(monkeypatch, capsys):
-    """Run the command here; return (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpunet", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_doctor_runs_the_parity_suite(gpunet, look, monkeypatch):

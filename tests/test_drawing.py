@@ -1,14 +1,12 @@
 """The SVG of a network: well formed, complete, and nothing in it crosses a box."""
 
 import re
-import sys
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from gpunet import cli
 from gpunet.errors import GpunetError
 from gpunet.models import MODELS, build
 from gpunet.nn import Add, Block, Conv2d, GlobalAvgPool, Graph, Input, Linear, ReLU, Sequential
@@ -180,11 +178,9 @@ def test_a_file_is_written_and_mistakes_are_told(tmp_path):
         write_graph(tmp_path / "no" / "net.svg", graph, "lenet")
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpunet", "summary", "cifar10_resnet9", "--graph", str(tmp_path / "net.svg")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    assert str(tmp_path / "net.svg") in capsys.readouterr().out
+def test_the_command(tmp_path, gpunet):
+    code, out, _ = gpunet("summary", "cifar10_resnet9", "--graph", tmp_path / "net.svg")
+    assert code == 0
+    assert str(tmp_path / "net.svg") in out
     text = Path(tmp_path / "net.svg").read_text(encoding="utf-8")
     assert "resnet9, from cifar10_resnet9" in text and "MFLOPs an image forward" in text

@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gpunet import cli, data
+from gpunet import data
 from gpunet.data import captioned_sheet
 from gpunet.errors import GpunetError
 from gpunet.train import report
@@ -244,32 +243,18 @@ replicas = 1
 """
 
 
-def test_the_command_and_the_report_tell_the_same(tmp_path, monkeypatch, capsys):
+def test_the_command_and_the_report_tell_the_same(tmp_path, monkeypatch, gpunet):
     monkeypatch.chdir(tmp_path)
     Path("small.toml").write_text(SMALL)
 
-    def gpunet(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpunet", *map(str, arguments)])
-        cli.main()
-        return capsys.readouterr().out
-
-    def run():
-        try:
-            gpunet("train", "small.toml")
-        except SystemExit as end:
-            assert not end.code
-        (folder,) = Path("runs").iterdir()
-        return folder
-
-    folder = run()
+    assert gpunet("train", "small.toml")[0] == 0
+    (folder,) = Path("runs").iterdir()
     text = (folder / "report.md").read_text()
     for picture in (folder / "evaluation-test").iterdir():  # the report's; they are drawn again below
         picture.unlink()
-    with pytest.raises(SystemExit) as end:
-        gpunet("evaluate", folder, "--json", "numbers.json")
-    assert end.value.code in (0, None)
+    code, out, _ = gpunet("evaluate", folder, "--json", "numbers.json")
+    assert code == 0
     numbers = json.loads(Path("numbers.json").read_text())
-    out = capsys.readouterr().out
     low, high = numbers["interval"]
     for told in (
         f"accuracy{{}}{numbers['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}, Wilson)",
@@ -286,6 +271,5 @@ def test_the_command_and_the_report_tell_the_same(tmp_path, monkeypatch, capsys)
     for name in report.PICTURES:
         assert f"(evaluation-test/{name}.png)" in text
         assert (folder / "evaluation-test" / f"{name}.png").stat().st_size > 5_000
-    with pytest.raises(SystemExit):
-        gpunet("evaluate", folder, "--split", "validation", "--out", "elsewhere")
+    assert gpunet("evaluate", folder, "--split", "validation", "--out", "elsewhere")[0] == 0
     assert len(list(Path("elsewhere").iterdir())) >= 2

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from small_run import halves, last_run, left, network, new, on, recipe, stop_after
 
-from gpunet import cli
 from gpunet.core.step import Step
 from gpunet.errors import GpunetError
 from gpunet.train import Checkpoint, Trainer, checkpoint, run, trainer
@@ -403,7 +402,7 @@ def test_a_clock_that_is_set_back_changes_nothing(config, monkeypatch):
     assert 0 < progress["seconds"] < progress["elapsed"] < 600
 
 
-def test_a_mistake_of_the_command_is_one_line(monkeypatch, capsys, tmp_path):
+def test_a_mistake_of_the_command_is_one_line(monkeypatch, gpunet, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("small.toml").write_text(SMALL.replace("100000", "1"))
     for arguments, said in (
@@ -412,18 +411,14 @@ def test_a_mistake_of_the_command_is_one_line(monkeypatch, capsys, tmp_path):
         (["--resume", "nothing"], "run 'nothing': expected a directory with a config.toml"),
         (["--resume", "nothing", "--out", "x"], "train: --out: a run that goes on stays in its directory"),
     ):
-        monkeypatch.setattr(sys, "argv", ["gpunet", "train", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert end.value.code == 2
-        assert capsys.readouterr().err.startswith(f"gpunet: {said}")
+        code, _, err = gpunet("train", *arguments)
+        assert code == 2
+        assert err.startswith(f"gpunet: {said}")
     for arguments, said in (
         (["small.toml"], "finished"),
         (["--resume", "last run"], "has finished, after 1 epochs: nothing to do"),
     ):
         arguments = [str(next(Path("runs").iterdir())) if a == "last run" else a for a in arguments]
-        monkeypatch.setattr(sys, "argv", ["gpunet", "train", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
-        assert said in capsys.readouterr().err
+        code, _, err = gpunet("train", *arguments)
+        assert code == 0
+        assert said in err

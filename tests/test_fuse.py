@@ -1,13 +1,11 @@
 """Fused layers, and what `fuse` replaces: the same numbers, the same weights, nothing else touched."""
 
-import sys
 from contextlib import closing
 
 import numpy as np
 import pytest
 from golden.make_golden import starting
 
-from gpunet import cli
 from gpunet.core.step import Step
 from gpunet.errors import GpunetError
 from gpunet.models import resnet9
@@ -295,13 +293,10 @@ RESIDUAL = [
 
 
 @pytest.mark.parametrize(("model", "lines"), [("resnet20", RESIDUAL), ("lenet", ["none"])])
-def test_summary_shows_the_plan(model, lines, monkeypatch, capsys, tmp_path):
+def test_summary_shows_the_plan(model, lines, gpunet, tmp_path):
     recipe = tmp_path / "a.toml"
     recipe.write_text(f'[model]\nname = "{model}"\n[data]\nname = "shapes"\ntrain = 200\n[optimizer]\nlr = 0.1\n')
     for options in ([], ["--plan"]):
-        monkeypatch.setattr(sys, "argv", ["gpunet", "summary", str(recipe), *options])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
-        out = capsys.readouterr().out.splitlines()
-        assert all((line in out) == bool(options) for line in lines)
+        code, out, _ = gpunet("summary", recipe, *options)
+        assert code == 0
+        assert all((line in out.splitlines()) == bool(options) for line in lines)

@@ -19,19 +19,13 @@ from gpunet.core.trace import Base, Tensor
 from gpunet.errors import GpunetError
 from gpunet.nn import Conv2d, Dropout, Flatten, Graph, Input, Linear, ReLU, Sequential, SoftmaxCrossEntropy
 from gpunet.optim.sgd import SGD
-from gpunet.train import Trainer, parse_config, report
+from gpunet.train import Trainer, parse_config
 from gpunet.train.checkpoint import Checkpoint
 from gpunet.train.fault import not_finite
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 skipped = pytest.mark.skipif(bool(problem("emulator")), reason="no emulator here")
 emulated = pytest.param("emulator", marks=skipped)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing takes longer than these trainings."""
-    monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
-    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from gpunet import cli, data, models, nn, optim
+from gpunet import data, models, nn, optim
 from gpunet.core.source import Source
 from gpunet.core.step import Step
 from gpunet.data import Split
@@ -14,7 +14,6 @@ from gpunet.errors import GpunetError
 from gpunet.export import _ends, onnx
 from gpunet.models.resnet import BasicBlock
 from gpunet.train import Predictor, Trainer, parse_config
-from gpunet.train import report as report_module
 
 runtime = pytest.importorskip("onnxruntime")
 package = pytest.importorskip("onnx")
@@ -243,10 +242,9 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("no_pictures")
+def test_the_command(tmp_path, monkeypatch, gpunet):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report_module, "plot_curves", lambda *arguments: None)
-    monkeypatch.setattr(report_module, "write_pictures", lambda *arguments: [])
     config = parse_config(
         {
             "model": {"name": "cifar10_quick", "init": "he"},
@@ -260,16 +258,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     trainer = Trainer(config, show=False)
     folder = trainer.fit().run.path.name
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpunet", "export", *arguments])
-        capsys.readouterr()
-        try:
-            cli.main()
-        except SystemExit as end:
-            return end.code or 0, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    code, said, _ = run(folder, "a.onnx", "--checkpoint", "best", "--batch", "5")
+    code, said, _ = gpunet("export", folder, "a.onnx", "--checkpoint", "best", "--batch", "5")
     assert code == 0
     assert "a.onnx: 583.6 KiB, ONNX opset 17, IR version 8" in said
     assert "images uint8 (5, 32, 32, 3), normalised inside -> logits and probabilities" in said
@@ -281,7 +270,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (("a.onnx", "--batch", "few"), "--batch: expected a whole number or dynamic, got 'few'"),
         (("a.onnx", "--checkpoint", "first"), "checkpoint: expected best or last, got 'first'"),
     ):
-        code, _, complaint = run(folder, *arguments)
+        code, _, complaint = gpunet("export", folder, *arguments)
         assert code == 2
         assert text in complaint
 

@@ -3,13 +3,12 @@
 import platform
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpunet import GpunetError, Step, cli, models, nn, ops, optim
+from gpunet import GpunetError, Step, models, nn, ops, optim
 from gpunet.testing import check_gradients
 from gpunet.train import Trainer
 from gpunet.train.checkpoint import Checkpoint
@@ -49,22 +48,6 @@ def folder(tmp_path, monkeypatch):
     yield tmp_path
     models.MODELS.clear()
     models.MODELS.update(before)
-
-
-@pytest.fixture
-def gpunet(folder, monkeypatch, capsys):
-    """Run a command; return (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpunet", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def change(path, old, new):

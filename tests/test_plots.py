@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gpunet import cli, data
+from gpunet import data
 from gpunet.errors import GpunetError
-from gpunet.train import Trainer, compare, parse_config, plots, report, tensorboard
+from gpunet.train import Trainer, compare, parse_config, plots, tensorboard
 from gpunet.train.compare import labels
 from gpunet.train.plots import moving_mean, plot_runs
 
@@ -182,15 +182,9 @@ def test_a_line_that_is_being_written_is_left_out_and_a_broken_one_is_told(run):
             compare.plot([torn])
 
 
-def test_the_command(run, drawn, monkeypatch, capsys, tmp_path):
+def test_the_command(run, drawn, gpunet, tmp_path):
     run("one"), run("two", lr=0.3), run("none", epochs=0)
     (tmp_path / "folder").mkdir()
-
-    def gpunet(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpunet", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return end.value.code or 0, *capsys.readouterr()
 
     assert gpunet("plot", "one", "two", "none") == (0, "compare.png\n", "runs/none: left out, it has no metrics\n")
     assert (tmp_path / "compare.png").stat().st_size > 20_000
@@ -303,10 +297,8 @@ def _fields(message):
 
 
 @pytest.fixture
-def trainer(tmp_path, monkeypatch):
+def trainer(tmp_path, no_pictures):
     """A small Trainer that writes TensorBoard's files."""
-    monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
-    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
     rng = np.random.default_rng(0)
     pictures = data.Arrays(
         rng.integers(0, 256, (50, 4, 4, 3)).astype(np.uint8), np.arange(50) % 2, validation=10,

@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
+from small_run import halves
 
 from gpunet import data
 from gpunet.core.step import Step
@@ -18,25 +20,8 @@ from gpunet.train.build import build_graph, build_normalisation
 from gpunet.train.run import Run
 from gpunet.train.signals import Signals
 
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    """Drawing takes longer than these trainings; one test draws."""
-    monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
-    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
-
-
-def easy(train=90, validation=20, test=20, side=6):
-    """Two classes that a linear layer tells apart: bright left or bright right halves in noise."""
-    rng = np.random.default_rng(0)
-    labels = (np.arange(train + validation + test) % 2).astype(np.int32)
-    images = rng.integers(0, 120, (len(labels), side, side, 3))
-    images[labels == 0, :, : side // 2] += 100
-    images[labels == 1, :, side // 2 :] += 100
-    cuts = np.cumsum([train, validation])
-    parts = zip(np.split(images.astype(np.uint8), cuts), np.split(labels, cuts), strict=True)
-    splits = [data.Split(*part) if len(part[1]) else None for part in parts]
-    return data.DataSet("halves", ("left", "right"), *splits)
+pytestmark = pytest.mark.usefixtures("no_pictures")
+easy = partial(halves, contrast=100)  # a linear layer tells them apart
 
 
 @pytest.fixture

@@ -35,13 +35,14 @@ from gpunet.nn import (
 )  # fmt: skip
 from gpunet.optim.sgd import SGD
 from gpunet.testing.tolerance import assert_close
-from gpunet.train import Trainer, parse_config, report
+from gpunet.train import Trainer, parse_config
 from gpunet.train.checkpoint import Checkpoint
 from gpunet.train.predictor import Predictor
 from gpunet.train.summary import Plan
 from gpunet.train.text import size
 
 pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
     pytest.mark.skipif(not shutil.which("g++"), reason="the emulator: there is no g++"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator's fibers are x86-64"),
 ]
@@ -182,13 +183,6 @@ def test_a_gradient_that_is_not_finite_halts():
 
 
 # From a recipe
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    """Drawing takes longer than these trainings."""
-    monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
-    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from test_train import easy
 from gpunet.backends import problem
 from gpunet.errors import GpunetError
 from gpunet.nn import BatchNorm, Conv2d, Graph, Input, Linear, ReLU, Sequential
-from gpunet.train import Trainer, parse_config, report, watch
+from gpunet.train import Trainer, parse_config, watch
 from gpunet.train.watch import EDGES, Watch, keeps, matching, summary
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 skipped = pytest.mark.skipif(bool(problem("emulator")), reason="no emulator here")
 
 
@@ -195,13 +196,6 @@ def test_what_a_backend_fuses_is_told():
 
 
 # In a training
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing takes longer than these trainings."""
-    monkeypatch.setattr(report, "plot_curves", lambda *arguments: None)
-    monkeypatch.setattr(report, "write_pictures", lambda *arguments: [])
 
 
 @pytest.fixture
