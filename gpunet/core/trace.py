@@ -287,14 +287,13 @@ class Trace:
     def matmul(self, a, b, out, accumulate=0):
         """Add out = a @ b, or out += a @ b: matrices, or batches of them with the same leading size.
 
-        a and b are both real or both wide; out is one of these, such as the wide gradient of real activations.
+        a and b are both real, and out is real or wide, such as the gradient of a weight; or all are wide. cuBLAS has no
+        product of wide operands that is rounded to real.
         """
-        known = (self.real, self.wide)
-        if a.dtype != b.dtype or a.dtype not in known or out.dtype not in known:
-            raise GpunetError(
-                f"{self.path}: matmul: expected two operands of one type, and they and the output of "
-                f"{' or '.join(dict.fromkeys(map(str, known)))}, got {a.dtype} @ {b.dtype} -> {out.dtype}"
-            )
+        known = dict.fromkeys([(self.real, self.real), (self.real, self.wide), (self.wide, self.wide)])
+        if a.dtype != b.dtype or (a.dtype, out.dtype) not in known:
+            kinds = " or ".join(f"{operand} @ {operand} -> {result}" for operand, result in known)
+            raise GpunetError(f"{self.path}: matmul: expected {kinds}, got {a.dtype} @ {b.dtype} -> {out.dtype}")
         m, k = a.shape[-2:]
         batch = a.shape[:-2]
         if len(batch) > 1 or b.shape != (*batch, k, b.shape[-1]) or out.shape != (*batch, m, b.shape[-1]):
