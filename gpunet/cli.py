@@ -13,7 +13,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, **HELP)
 data_app = typer.Typer(help="Fetch, check and look at data sets.", **HELP)
 app.add_typer(data_app, name="data")
 
-Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped recipe.")]
+CONFIG = "A TOML file, a solver.prototxt of Caffe's, or the name of a shipped recipe."
+Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG)]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name in runs/.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting; may be repeated.")
@@ -36,7 +37,7 @@ def _load_ops(paths):
 
 Ops = Annotated[
     list[str] | None,
-    typer.Option("--ops", metavar="FILE.py", callback=_load_ops, help="Your own kernels, layers and MODELS."),
+    typer.Option("--ops", metavar="FILE.py", callback=_load_ops, help="Your own layers and MODELS."),
 ]
 
 
@@ -47,9 +48,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 @app.command()
 def train(
-    config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped recipe.")
-    ] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=CONFIG)] = None,
     overrides: Overrides = None,
     data: Folder = None,
     backend: Backend = None,
@@ -176,6 +175,31 @@ def export(
     print(f"images {pixels} ({count}, {shape}), normalised inside -> {outputs}")
     if predictor.classes:
         print(f"classes: {', '.join(predictor.classes)}")
+
+
+@app.command()
+def convert(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="SOLVER.prototxt... RECIPE.toml", help="Solvers, one or the stages of one training."),
+    ],
+):
+    """Write Caffe's solver and its net as a recipe; of several, such as solver, solver_lr1, solver_lr2, one of all."""
+    from gpunet import caffe
+    from gpunet.train.checkpoint import write_whole
+    from gpunet.train.config import parse_config, tables_to_toml
+
+    *solvers, out = files
+    if not solvers or not out.endswith(".toml") or not all(file.endswith(".prototxt") for file in solvers):
+        raise GpunetError(f"convert: expected SOLVER.prototxt... RECIPE.toml, got {' '.join(files)}")
+    recipe = caffe.read(*solvers)
+    parse_config(recipe.tables, out)
+    head = [f"From {', '.join(Path(file).name for file in solvers)}.", *recipe.notes]
+    comments = "\n".join(f"# {line if line.isprintable() else ascii(line)}" for line in head)
+    write_whole(Path(out), f"{comments}\n{tables_to_toml(recipe.tables)}".encode())
+    for note in recipe.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(out)
 
 
 @app.command()
@@ -370,9 +394,14 @@ def _resume(run, config, overrides, data, backend, out, inexact):
 
 
 def _load(config, overrides, data, backend):
+    from gpunet import caffe
     from gpunet.train.config import load_config
 
-    return _place(load_config(config, overrides or ()), data, backend)
+    loaded = _place(load_config(config, overrides or ()), data, backend)
+    if config.endswith(".prototxt"):
+        for note in caffe.read(config).notes:
+            print(f"note: {note}", file=sys.stderr)
+    return loaded
 
 
 def _place(config, data, backend):

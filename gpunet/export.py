@@ -244,6 +244,22 @@ def _avg_pool(net, node, x):
     )  # fmt: skip
 
 
+def _lrn(net, node, x):
+    """ONNX has the form across channels; x / (k + alpha * AveragePool(x^2))^beta where padding counts is the other."""
+    layer = node.layer
+    if layer.region == "across":
+        return net.add("LRN", x, name=node.path, size=layer.size, alpha=layer.alpha, beta=layer.beta, bias=layer.k)
+    y, half = net.add("Mul", x, x, name=f"{node.path}/square"), layer.size // 2
+    y = net.add(
+        "AveragePool", y, name=f"{node.path}/mean", kernel_shape=(layer.size,) * 2, pads=(half,) * 4,
+        count_include_pad=1,
+    )  # fmt: skip
+    y = net.add("Mul", y, net.constant(f"{node.path}/alpha", layer.alpha), name=f"{node.path}/scaled")
+    y = net.add("Add", y, net.constant(f"{node.path}/k", layer.k), name=f"{node.path}/sum")
+    y = net.add("Pow", y, net.constant(f"{node.path}/beta", layer.beta), name=f"{node.path}/power")
+    return net.add("Div", x, y, name=node.path)
+
+
 def _global_avg_pool(net, node, x):
     return net.add("Flatten", net.add("GlobalAveragePool", x, name=f"{node.path}/mean"), name=node.path)
 
@@ -281,6 +297,7 @@ FORMS = {
     nn.MaxPool: _max_pool,
     nn.AvgPool: _avg_pool,
     nn.GlobalAvgPool: _global_avg_pool,
+    nn.LRN: _lrn,
     nn.Dropout: lambda net, node, x: x,
     nn.Add: _add,
     nn.Concat: _concat,

@@ -9,8 +9,8 @@
             t.launch(kernels.softsign_forward, x, y, x.size)
             return y, y
 
-A program of one's own imports such a file. The command line does where the user names it (--ops PATH), so that its
-MODELS can be trained by a recipe; no recipe, run or checkpoint can name one.
+A program of one's own imports such a file. The command line does where the user names it (--ops PATH), so that recipes
+can train its MODELS and lists of its layers; no recipe, run or checkpoint can name a file.
 """
 
 import hashlib
@@ -60,24 +60,33 @@ def defined(kernel, definition, file):
 
 
 def load(path):
-    """Import a Python file, or the one beside a `.cu`, and let recipes train its MODELS; return the module.
+    """Import a Python file, or the one beside a `.cu`, and let recipes train what is in it; return the module.
+
+    That is its subclasses of Layer, which a recipe's list of layers may name (gpunet.models.layers), and its MODELS.
 
     MODELS is {name: function(input_shape, classes, **arguments) -> Graph}. The file is code that runs: this is for
     files that the user has named. Raises GpunetError with the line where it fails.
     """
     from gpunet.models import MODELS
+    from gpunet.models.layers import KINDS
+    from gpunet.nn import Layer
 
     file = Path(path).with_suffix(".py") if Path(path).suffix == ".cu" else Path(path)
     if file.suffix != ".py" or not file.is_file():
         raise GpunetError(f"--ops {path}: expected a Python file, or a .cu with one beside it; {file} is none")
     module = execute(file)
-    models = getattr(module, "MODELS", None)
-    if not isinstance(models, dict) or not models or not all(map(callable, models.values())):
-        raise GpunetError(f"--ops {path}: expected MODELS, a dict of functions (input_shape, classes, ...) -> Graph")
-    for name, build in models.items():
-        if getattr(MODELS.get(name, build), "__module__", None) != build.__module__:
-            raise GpunetError(f"--ops {path}: MODELS: {name!r}: there is a model of this name; name yours apart")
-    MODELS.update(models)
+    models, own = getattr(module, "MODELS", {}), vars(module).values()
+    kinds = {kind.__name__: kind for kind in own if isinstance(kind, type) and issubclass(kind, Layer)}
+    kinds = {name: kind for name, kind in kinds.items() if kind.__module__ == module.__name__}
+    if not isinstance(models, dict) or not all(map(callable, models.values())):
+        raise GpunetError(f"--ops {path}: MODELS: expected a dict of functions (input_shape, classes, ...) -> Graph")
+    if not models and not kinds:
+        raise GpunetError(f"--ops {path}: expected a subclass of gpunet.nn.Layer, or MODELS, in it")
+    for given, known, what in ((models, MODELS, "model"), (kinds, KINDS, "layer")):
+        for name, one in given.items():
+            if getattr(known.get(name, one), "__module__", None) != one.__module__:
+                raise GpunetError(f"--ops {path}: {name}: there is a {what} of this name; name yours apart")
+        known.update(given)
     return module
 
 

@@ -335,6 +335,34 @@ def _global_backward(rng, dtype, name):
     yield {"dy": dy, "dx": blank((7, 49, 130), dtype), "n": 7, "pixels": 49, "c": 130}
 
 
+# Local response normalisation
+
+
+LRN = {"across": [(4099, 33, 5), (30_000, 4, 1), (2000, 96, 9)], "within": [(33, 17, 13, 12, 3), (2, 40, 50, 32, 7)]}
+
+
+@large("lrn_across_forward", "lrn_across_backward", "lrn_within_forward", "lrn_within_backward")
+def _lrn(rng, dtype, name):
+    _, region, way = name.split("_")
+    for *shape, size in LRN[region]:
+        x, scale = random(rng, shape, dtype, 3), positive(rng, shape, dtype)
+        sizes = dict(zip(("rows", "c") if region == "across" else ("n", "h", "w", "c"), shape, strict=True))
+        given = {"share": 0.05, "beta": 0.75}
+        if way == "forward":
+            yield {
+                "x": x,
+                "y": blank(shape, dtype),
+                "scale": blank(shape, dtype),
+                **given,
+                "k": 1.5,
+                **sizes,
+                "size": size,
+            }
+        else:
+            arrays = {"dy": random(rng, shape, dtype), "x": x, "y": random(rng, shape, dtype), "scale": scale}
+            yield {**arrays, "dx": blank(shape, dtype), **given, **sizes, "size": size}
+
+
 # Dropout, optimizer
 
 

@@ -75,7 +75,8 @@ def test_flops_of_resnet20():
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_model_traces_other_shapes(name):
     """Memory is planned, nothing is computed."""
-    graph = models.build(name, (33, 40, 1), 7)
+    arguments = {"layers": [{"layer": "Linear"}]} if name == "layers" else {}
+    graph = models.build(name, (33, 40, 1), 7, **arguments)
     assert graph.output_shape == (7,)
     assert Step(graph, batch=3, replicas=1).memory()["scratch"] > 0
 

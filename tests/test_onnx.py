@@ -25,6 +25,7 @@ SMALL = {  # arguments that make a model small enough for a test; the whole of e
     "resnet56": {"widths": (4, 8, 8)},
     "resnet110": {"widths": (4, 4, 8)},
     "vgg": {"widths": (8, 8, 16, 16, 16), "dropout": 0.5},
+    "layers": {"layers": [{"layer": "Conv2d", "outputs": 3, "size": 3}, {"layer": "Linear"}]},
 }
 
 
@@ -91,6 +92,7 @@ def layers(shape):
     y = nn.Sequential(twice, nn.GELU(), nn.Dropout(0.3), twice, nn.SiLU())(x)
     z = nn.Sequential(nn.Conv2d(8, 3, groups=4, dilation=(2, 1), padding=(2, 1)), nn.Sigmoid())(y)
     x = nn.Concat()(nn.Add()(x, y, z), nn.Conv2d(5, 1, bias=False)(nn.BatchNorm(scale=False)(z)))
+    x = nn.Sequential(nn.LRN(3, 0.5), nn.LRN(3, 0.5, region="within"))(x)
     pooled = nn.Sequential(nn.MaxPool(3, 2, 1, ceil=True), nn.Tanh(), nn.AvgPool((3, 2), 2, (1, 0), ceil=True))(x)
     rows = nn.Sequential(nn.Linear(9), nn.BatchNorm(), nn.ReLU())(pooled)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(6, bias=False))(pooled)

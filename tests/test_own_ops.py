@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpunet import GpunetError, Step, models, nn, ops, optim
+from gpunet.models.layers import KINDS
 from gpunet.testing import check_gradients
 from gpunet.train import Trainer
 from gpunet.train.checkpoint import Checkpoint
@@ -43,11 +44,13 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "softsign.cu").write_text(re.search(r"```c\n(.*?)```", text, re.S)[1])
     (tmp_path / "softsign.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
     (tmp_path / "tiny.toml").write_text(CONFIG)
-    before = dict(models.MODELS)
+    before, kinds = dict(models.MODELS), dict(KINDS)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     models.MODELS.clear()
     models.MODELS.update(before)
+    KINDS.clear()
+    KINDS.update(kinds)
 
 
 def change(path, old, new):
@@ -105,6 +108,17 @@ def test_train_evaluate_and_the_rest(gpunet, folder):
     assert gpunet("summary", "tiny.toml", "--ops", "softsign.py")[1].count("Softsign") == 1
 
 
+def test_a_list_of_layers_may_name_it(gpunet, folder):
+    change(folder / "softsign.py", 'MODELS = {"tiny": tiny}', "")
+    net = 'model.layers=[{layer="Conv2d", outputs=4, size=3, stride=4}, {layer="Softsign"}, {layer="Linear"}]'
+    settings = ("--set", "model.name=layers", "--set", net)
+    code, out, err = gpunet("summary", "tiny.toml", "--ops", "softsign.py", *settings)
+    assert code == 0, err
+    assert "softsign1" in out
+    KINDS.pop("Softsign")
+    assert "unknown layer 'Softsign'" in gpunet("summary", "tiny.toml", *settings)[2]
+
+
 def test_resume_refuses_changed_kernels(gpunet, folder, monkeypatch):
     def fail(self, split):
         raise GpunetError("cut here")
@@ -127,7 +141,7 @@ def test_resume_refuses_changed_kernels(gpunet, folder, monkeypatch):
          "ops.declare(__file__, softsign_forward)", "expected a function softsign_backward, the definition of the"),
         ("softsign.py", "ops.declare(__file__, softsign_forward, softsign_backward)",
          "ops.declare(__file__, softsign_forward, softsign_backward, tiny)", "NameError: name 'tiny' is not defined"),
-        ("softsign.py", 'MODELS = {"tiny": tiny}', "MODELS = {}", "expected MODELS, a dict of functions"),
+        ("softsign.py", 'MODELS = {"tiny": tiny}', "MODELS = [tiny]", "MODELS: expected a dict of functions"),
         ("softsign.py", 'MODELS = {"tiny": tiny}', 'MODELS = {"mlp": tiny}', "there is a model of this name"),
         ("softsign.py", 'MODELS = {"tiny": tiny}', "MODELS = {", "'{' was never closed (softsign.py, line 56)"),
         ("softsign.py", "import numpy as np", "import nonesuch", "No module named 'nonesuch' (line 3)"),

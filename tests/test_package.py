@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("gpunet", "kernels", "configs")
 HEAVY = ("cupy", "matplotlib", "torch", "scipy")
 # A floor imports from itself and from those before it.
-FLOORS = ["errors", "resources", "core", "backends", "nn", "optim", "data", "models", "train", "search"]
+FLOORS = ["errors", "resources", "core", "backends", "nn", "optim", "data", "models", "ops", "caffe", "train",
+          "search"]  # fmt: skip
 FLOORS += ["export", "testing", "doctor", "cli"]
 
 LOOK = """

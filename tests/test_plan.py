@@ -91,6 +91,7 @@ def branching(input_shape, classes):
 
 NETS = {**models.MODELS, "branching": branching}
 EXTRA = {"resnet9": {"widths": (4, 8, 12, 16)}, "vgg": {"dropout": 0.3}}
+EXTRA |= {"layers": {"layers": [{"layer": "Conv2d", "outputs": 3, "size": 3}, {"layer": "Linear"}]}}
 
 
 @pytest.mark.parametrize("engine", ["blocked", "unfold"])

@@ -15,6 +15,7 @@ from gpunet.backends.numpy import (
     dropout,
     elementwise,
     loss,
+    lrn,
     optim,
     order,
     pool,
@@ -28,7 +29,7 @@ from gpunet.testing.tolerance import TOLERANCE, assert_close
 
 TWINS = {
     name: function
-    for module in (activation, augment, batchnorm, conv, dropout, elementwise, loss, optim, order, pool)
+    for module in (activation, augment, batchnorm, conv, dropout, elementwise, loss, lrn, optim, order, pool)
     for name, function in vars(module).items()
     if inspect.isfunction(function) and function.__module__ == module.__name__ and name[0] != "_"
 }
@@ -374,6 +375,40 @@ def _(name, dy, x, mean, inverse, gamma, sums, dx, total, rows, c, beta=None):
         xhat = (x[r, j] - mean[j]) * inverse[j]
         d = dy[r, j] if beta is None or gamma[j] * xhat + beta[j] > 0 else 0
         dx[r, j] = gamma[j] * inverse[j] / total * (total * d - sums[0, j] - xhat * sums[1, j])
+    return {"dx": dx}
+
+
+# local response normalisation
+
+
+def neighbours(index, shape, axes, reach):
+    """The places within `reach` of one, along these axes, that there are."""
+    for step in itertools.product(range(-reach, reach + 1), repeat=len(axes)):
+        place = list(index)
+        for axis, distance in zip(axes, step, strict=True):
+            place[axis] += distance
+        if all(0 <= p < s for p, s in zip(place, shape, strict=True)):
+            yield tuple(place)
+
+
+@oracle("lrn_across_forward", "lrn_within_forward")
+def _(name, x, y, scale, share, beta, k, size, **_):
+    axes = (1,) if "across" in name else (1, 2)
+    for i in np.ndindex(x.shape):
+        scale[i] = k + share * math.fsum(x[j] ** 2 for j in neighbours(i, x.shape, axes, size // 2))
+        y[i] = x[i] / scale[i] ** beta
+    return {"y": y, "scale": scale}
+
+
+@oracle("lrn_across_backward", "lrn_within_backward")
+def _(name, dy, x, y, scale, dx, share, beta, size, **_):
+    """Scattered: each dy to its own x, and through the scale to all around it."""
+    axes = (1,) if "across" in name else (1, 2)
+    dx[...] = 0
+    for i in np.ndindex(x.shape):
+        dx[i] += dy[i] / scale[i] ** beta
+        for j in neighbours(i, x.shape, axes, size // 2):
+            dx[j] -= dy[i] * beta * y[i] / scale[i] * share * 2 * x[j]
     return {"dx": dx}
 
 

@@ -4,9 +4,10 @@ import difflib
 import inspect
 
 from gpunet.errors import GpunetError
+from gpunet.models.layers import layers
 from gpunet.models.lenet import lenet
 from gpunet.models.mlp import mlp
-from gpunet.models.quick import cifar10_quick
+from gpunet.models.quick import cifar10_full, cifar10_quick
 from gpunet.models.resnet import resnet, resnet9
 from gpunet.models.vgg import vgg
 
@@ -23,9 +24,11 @@ MODELS = {
     "mlp": mlp,
     "lenet": lenet,
     "cifar10_quick": cifar10_quick,
+    "cifar10_full": cifar10_full,
     "resnet9": resnet9,
     **{f"resnet{n}": _depth(n) for n in (20, 32, 44, 56, 110)},
     "vgg": vgg,
+    "layers": layers,
 }
 
 

@@ -10,11 +10,13 @@ from gpunet.nn.fuse import BatchNormAddReLU, BatchNormReLU, fuse
 from gpunet.nn.graph import Block, Graph, Input, Layer, Node, Sequential
 from gpunet.nn.linear import Linear
 from gpunet.nn.loss import LOSSES, MeanSquaredError, SoftmaxCrossEntropy
+from gpunet.nn.lrn import LRN
 from gpunet.nn.pool import AvgPool, GlobalAvgPool, MaxPool
 
 __all__ = [
     "GELU",
     "LOSSES",
+    "LRN",
     "Add",
     "AvgPool",
     "BatchNorm",

@@ -6,7 +6,7 @@ from gpunet.core.params import Parameter
 from gpunet.errors import GpunetError
 from gpunet.nn import init
 from gpunet.nn.graph import Layer, LayerError, spatial
-from gpunet.nn.linear import bias_gradient
+from gpunet.nn.linear import bias_gradient, multipliers
 from gpunet.nn.pool import pair
 
 
@@ -61,7 +61,8 @@ class Conv2d(Layer):
     """y[n,oy,ox] = sum over the kh x kw patch at (oy, ox) of x . weight + bias.
 
     weight (kh, kw, in / groups, out); padding "same" keeps the size at stride 1. Output size is
-    floor((h + 2 * padding - dilation * (k - 1) - 1) / stride) + 1.
+    floor((h + 2 * padding - dilation * (k - 1) - 1) / stride) + 1. weight_rate, weight_decay, bias_rate and bias_decay
+    multiply the optimizer's learning rate and weight decay.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Conv2d(Layer):
         bias=True,
         weight_init=None,
         bias_init=None,
+        weight_rate=1.0,
+        weight_decay=1.0,
         bias_rate=1.0,
         bias_decay=1.0,
         name=None,
@@ -95,7 +98,10 @@ class Conv2d(Layer):
                 f"got {outputs}, {self.size}, {self.stride}, {self.dilation}, {groups}"
             )
         self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
-        self._multipliers = bias_rate, bias_decay
+        self._multipliers = (
+            multipliers(weight_rate=weight_rate, weight_decay=weight_decay),
+            multipliers(bias_rate=bias_rate, bias_decay=bias_decay),
+        )
 
     def setup(self, shape):
         """(oh, ow, outputs); the weight's shape follows from the input's channels."""
@@ -103,10 +109,11 @@ class Conv2d(Layer):
         if c % self.groups:
             raise LayerError(f"expected channels that {self.groups} groups divide, got {c}")
         if not self.parameters:
-            self.parameters["weight"] = Parameter((*self.size, c // self.groups, self.outputs), self._inits[0])
+            (weight, bias), (for_weight, for_bias) = self._inits, self._multipliers
+            filters = (*self.size, c // self.groups, self.outputs)
+            self.parameters["weight"] = Parameter(filters, weight, **for_weight)
             if self.bias:
-                rate, decay = self._multipliers
-                self.parameters["bias"] = Parameter((self.outputs,), self._inits[1], rate=rate, decay=decay)
+                self.parameters["bias"] = Parameter((self.outputs,), bias, **for_bias)
         expected = self.parameters["weight"].shape[2] * self.groups
         if c != expected:
             raise LayerError(f"expected {expected} input channels, as at its first call, got x of shape {shape}")

@@ -3,12 +3,16 @@
 import math
 
 from gpunet.core.params import Parameter
+from gpunet.errors import GpunetError
 from gpunet.nn import init
 from gpunet.nn.graph import Layer, LayerError
 
 
 class Linear(Layer):
-    """y = x @ weight + bias, weight (in, out); an image of several axes is flattened first."""
+    """y = x @ weight + bias, weight (in, out); an image of several axes is flattened first.
+
+    weight_rate, weight_decay, bias_rate, bias_decay multiply the optimizer's learning rate and weight decay.
+    """
 
     def __init__(
         self,
@@ -17,6 +21,7 @@ class Linear(Layer):
         weight_init=None,
         bias_init=None,
         weight_rate=1.0,
+        weight_decay=1.0,
         bias_rate=1.0,
         bias_decay=1.0,
         name=None,
@@ -25,16 +30,19 @@ class Linear(Layer):
         self.outputs = outputs
         self.bias = bias
         self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
-        self._multipliers = weight_rate, bias_rate, bias_decay
+        self._multipliers = (
+            multipliers(weight_rate=weight_rate, weight_decay=weight_decay),
+            multipliers(bias_rate=bias_rate, bias_decay=bias_decay),
+        )
 
     def setup(self, shape):
         """(outputs,); the weight's shape follows from the input."""
         size = math.prod(shape)
         if not self.parameters:
-            weight_rate, rate, decay = self._multipliers
-            self.parameters["weight"] = Parameter((size, self.outputs), self._inits[0], rate=weight_rate)
+            (weight, bias), (for_weight, for_bias) = self._inits, self._multipliers
+            self.parameters["weight"] = Parameter((size, self.outputs), weight, **for_weight)
             if self.bias:
-                self.parameters["bias"] = Parameter((self.outputs,), self._inits[1], rate=rate, decay=decay)
+                self.parameters["bias"] = Parameter((self.outputs,), bias, **for_bias)
         expected = self.parameters["weight"].shape[0]
         if size != expected:
             raise LayerError(f"expected {expected} inputs, as at its first call, got {size}")
@@ -63,6 +71,14 @@ class Linear(Layer):
     def flops(self, shapes, output):
         """A multiplication and an addition a weight."""
         return 2 * self.parameters["weight"].size
+
+
+def multipliers(**values):
+    """Return {"rate": ..., "decay": ...}, what a weight multiplies the optimizer's by, of weight_rate=... and so on."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise GpunetError(f"{name}: expected 0 or more, got {value}")
+    return {name.rpartition("_")[2]: value for name, value in values.items()}
 
 
 def bias_gradient(t, dy, bias):

@@ -376,6 +376,66 @@ def _batchnorm_relu_backward(rng, size, real, wide):
     return {**arrays, "total": rows * (1 + size % 3), "rows": rows, "c": c}
 
 
+# local response normalisation
+
+LRN_SIZES = [1, 3, 5, 3, 7, 3, 5, 9]  # windows, some wider than what they slide over
+LRN_IMAGES = [  # n, h, w, c
+    (1, 1, 1, 1),
+    (2, 3, 5, 3),
+    (1, 2, 9, 6),
+    (3, 7, 4, 4),
+    (1, 5, 5, 31),
+    (2, 1, 8, 8),
+    (1, 9, 2, 5),
+    (2, 6, 6, 13),
+]
+
+
+def _lrn(rng, size, shape, real, wide, backward):
+    window = LRN_SIZES[size]
+    x = random(rng, shape, real, 3)
+    given = {"share": [0.3, 2e-5, 1.0][size % 3], "beta": [0.75, 0.5, 1.3][size % 3]}
+    if not backward:
+        return {
+            "x": x,
+            "y": blank(shape, real),
+            "scale": blank(shape, wide),
+            **given,
+            "k": [1.0, 2.0][size % 2],
+        }, window
+    scale = positive(rng, shape, wide)
+    arrays = {"dy": random(rng, shape, real), "x": x, "y": random(rng, shape, real), "scale": scale}
+    return {**arrays, "dx": blank(shape, real), **given}, window
+
+
+@case("lrn_across_forward")
+def _lrn_across_forward(rng, size, real, wide, backward=False):
+    rows, c = MATRICES[size]
+    arguments, window = _lrn(rng, size, (rows, c), real, wide, backward)
+    if size == 4 and not backward:
+        arguments["x"][0, 0] = np.nan
+    return {**arguments, "rows": rows, "c": c, "size": window}
+
+
+@case("lrn_across_backward")
+def _lrn_across_backward(rng, size, real, wide):
+    return _lrn_across_forward(rng, size, real, wide, backward=True)
+
+
+@case("lrn_within_forward")
+def _lrn_within_forward(rng, size, real, wide, backward=False):
+    n, h, w, c = LRN_IMAGES[size]
+    arguments, window = _lrn(rng, size, (n, h, w, c), real, wide, backward)
+    if size == 4 and not backward:
+        arguments["x"][0, 0, 0, 0] = np.nan
+    return {**arguments, "n": n, "h": h, "w": w, "c": c, "size": window}
+
+
+@case("lrn_within_backward")
+def _lrn_within_backward(rng, size, real, wide):
+    return _lrn_within_forward(rng, size, real, wide, backward=True)
+
+
 # dropout, order, augment
 
 SEEDS = [0, 1, 2**64 - 1, 0x123456789ABCDEF0]

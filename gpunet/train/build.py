@@ -122,7 +122,7 @@ def build_step(config, graph, source=None, backend=None):
         keys = ("lr", "momentum", "weight_decay", "nesterov", "form", "clip")
         optimizer = OPTIMIZERS[settings.name](**{key: getattr(settings, key) for key in keys})
         per_epoch = -(-source.batches(train.batch) // train.accumulate)
-        rates = config.rates(train.epochs * per_epoch, per_epoch)
+        rates = config.rates(train.steps or train.epochs * per_epoch, per_epoch)
         keep = watch.keeps(graph, train.watch)
         start.freeze_weights(graph, config.start.freeze, config.start.freeze_statistics)
     return Step(

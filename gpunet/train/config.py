@@ -5,6 +5,7 @@ Knows which keys there are and what values they take; what they do is the traine
 
 import inspect
 import json
+import re
 import tomllib
 from difflib import get_close_matches
 from functools import reduce
@@ -14,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from gpunet import resources
+from gpunet import caffe, resources
 from gpunet.data import LOADERS
 from gpunet.errors import GpunetError
 from gpunet.models import MODELS
@@ -90,12 +91,14 @@ class Optimizer(Section):
 class Train(Section):
     """The loop. `accumulate` batches make one update; validation is measured every `evaluate_every` epochs.
 
+    steps: updates after which training ends, in the middle of an epoch if need be, whatever `epochs` says.
     steps_per_launch: updates that a GPU is given at a time, as one graph. window: images of a split that lie on it at a
     time, where all are too many. watch: names or patterns of layers and weights, such as "stage1.*", of whose values
     and gradients the metrics get statistics at every `watch_every`-th update (gpunet.train.watch); it costs memory.
     """
 
     epochs: Count = 10
+    steps: Count | None = None
     batch: Count = 128
     accumulate: Count = 1
     steps_per_launch: Count = 1
@@ -179,11 +182,12 @@ class Config(Section):
 def load_config(name_or_path, overrides=()):
     """Return the Config of a file or a shipped recipe; `overrides` are texts "section.key=value", value in TOML.
 
-    Raises GpunetError that names file, section and key, what was expected and what is there.
+    A file is TOML, or a solver of Caffe's, solver.prototxt. Raises GpunetError that names file, section and key, what
+    was expected and what is there.
     """
     path = resources.config(name_or_path)
     place = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-    table, origin = _read(path, place), {}
+    table, origin = caffe.read(path).tables if path.suffix == ".prototxt" else _read(path, place), {}
     for text in overrides:
         section, key, value = _override(text)
         origin[section, key if section in table else None] = origin[section, key] = f"--set {text}"
@@ -211,15 +215,28 @@ def parse_config(table, place="config", origin=None):
 
 def to_toml(config):
     """Return the recipe as TOML, defaults included; what is None is left out."""
+    return tables_to_toml(config.model_dump())
+
+
+def tables_to_toml(tables):
+    """Return sections {name: {key: value}} as TOML, a list of tables an entry a line; what is None is left out."""
     sections = []
-    for section, values in config.model_dump().items():
+    for section, values in tables.items():
         lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
         sections.append("\n".join([f"[{section}]", *lines]))
     return "\n\n".join(sections) + "\n"
 
 
+_BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key that TOML takes without quotes
+
+
 def _toml(value):
     """Return a value as TOML writes it, which is as JSON does but for numbers like 1e20 and control characters."""
+    if isinstance(value, dict):
+        pairs = (f"{key if _BARE.fullmatch(key) else _toml(key)} = {_toml(v)}" for key, v in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple) and any(isinstance(v, dict) for v in value):
+        return "\n".join(["[", *(f"    {_toml(v)}," for v in value), "]"])
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):

@@ -153,15 +153,25 @@ def differences(run, other, where):
     """Return ["optimizer.lr is 0.1 in the run, 0.2 <where>"], what differs in two configs and could change the bits."""
     tables = [
         {
-            f"{section}.{key}": value
+            name: part
             for section, values in config.model_dump(exclude={"run"}).items()
             for key, value in values.items()
+            for name, part in _parts(f"{section}.{key}", value)
         }
         for config in (run, other)
     ]
     keys = [key for key in {**tables[0], **tables[1]} if key not in FREE]
     pairs = [(key, *(table.get(key) for table in tables)) for key in keys]
     return [f"{key} is {_shown(a)} in the run, {_shown(b)} {where}" for key, a, b in pairs if a != b]
+
+
+def _parts(name, value):
+    """Yield (name, value) of a setting, of a list of tables each of theirs."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        for number, table in enumerate(value, 1):
+            yield from ((f"{name} {number}.{key}", part) for key, part in table.items())
+    else:
+        yield name, value
 
 
 def _shown(value):

@@ -105,7 +105,7 @@ class Trainer:
         return Checkpoint.of(self.step, self.predictor.mean, self.predictor.scale, about)
 
     def fit(self):
-        """Train for the epochs of the config and return the Result; the weights are then the best ones.
+        """Train for the epochs, or the steps, of the config and return the Result; the weights are then the best ones.
 
         Ctrl-C and SIGTERM end it after the update at hand: a checkpoint and a report are left, and KeyboardInterrupt
         or SystemExit(143) is raised. Raises GpunetError where the loss or a gradient is not finite, where a checkpoint
@@ -132,13 +132,18 @@ class _Training:
 
     def __init__(self, trainer, resumed=None):
         self.trainer, self.config, self.step, self.data = trainer, trainer.config, trainer.step, trainer.data
-        self.batches, epochs = self.step.batches, self.config.train.epochs
+        self.batches, train = self.step.batches, self.config.train
+        per_epoch = -(-self.batches // train.accumulate)
+        self.limit = train.steps or train.epochs * per_epoch  # steps to take, skipped ones too
+        self.epochs = -(-self.limit // per_epoch)
         self.resumed, self.rows = resumed, []
         self._go_on_from(resumed.position if resumed else Position())
         self.run_directory = self._directory()
         if self.config.run.tensorboard:
             self.run_directory.board = Board(self.run_directory.path / "tensorboard")
-        self.progress = Progress(epochs * len(self.data.train), epochs, trainer.show)
+        whole, rest = divmod(self.limit, per_epoch)
+        images = whole * len(self.data.train) + rest * train.accumulate * train.batch
+        self.progress = Progress(images, self.epochs, trainer.show)
         self.progress.begin(self.epoch, self.totals[2], self.ended * len(self.data.train) + self.totals[2])
         self.step.backend.show = self.progress.compiling
         self.watch = Watch(self.step, self.config.train.watch) if self.config.train.watch else None
@@ -150,7 +155,7 @@ class _Training:
         self.steps, self.explained = position.steps, position.explained
         self.seconds, self.spent, self.totals = position.seconds, position.spent, np.array(position.totals)
         self.start = self.trainer.start - position.elapsed
-        self.epoch = min(self.ended + 1, self.config.train.epochs)
+        self.epoch = min(self.ended + 1, self.epochs)
         self.looked = self.saved = time.perf_counter()
         self.saved_steps, self.inexact = self.steps, position.inexact
 
@@ -279,7 +284,7 @@ class _Training:
             self.progress.line("no validation split: the last weights are kept, nothing is chosen")
 
     def _train(self, signals):
-        while self.ended < self.config.train.epochs and not signals.caught:
+        while self.ended < self.epochs and not signals.caught:
             self.epoch = self.ended + 1
             self._train_epoch(signals)
             if not signals.caught:
@@ -289,9 +294,9 @@ class _Training:
         """Take the epoch's steps, from wherever in it the State is; a signal ends it between two of them."""
         train, self.since = self.config.train, time.perf_counter()
         place = int(self.step.state["batch"]) - self.ended * self.batches
-        while place < self.batches and not signals.caught:
+        while place < self.batches and self.steps < self.limit and not signals.caught:
             accumulate = min(train.accumulate, self.batches - place)
-            steps = min(train.steps_per_launch, (self.batches - place) // accumulate)
+            steps = min(train.steps_per_launch, (self.batches - place) // accumulate, self.limit - self.steps)
             with self._guarded():
                 steps = self._step(accumulate, steps)
             self.steps += steps
@@ -326,8 +331,7 @@ class _Training:
 
     def _end_epoch(self):
         self.progress.epoch(self.epoch, self.totals)
-        train = self.config.train
-        due = self.epoch % train.evaluate_every == 0 or self.epoch == train.epochs
+        due = self.epoch % self.config.train.evaluate_every == 0 or self.epoch == self.epochs
         found = self._evaluate() if due else []
         self.progress.line(self._line(found))
         self.ended += 1
@@ -420,7 +424,7 @@ class _Training:
     def _line(self, found):
         loss, hits, count = self.totals
         trained = f"loss {loss / count:.4f} {hits / count:7.2%}" if count else "every update skipped"
-        parts = [f"epoch {self.epoch:>3}/{self.config.train.epochs}", trained]
+        parts = [f"epoch {self.epoch:>3}/{self.epochs}", trained]
         parts += [f"{row['split']} {row['loss']:.4f} {row['accuracy']:7.2%}" for row in found]
         speed = count / max(self.spent, 1e-9)
         parts += [f"{speed:,.0f} img/s", clock(self.elapsed), self.progress.left]
