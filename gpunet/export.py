@@ -158,22 +158,24 @@ def _conv(net, node, x):
     )  # fmt: skip
 
 
-def _linear(net, node, x):
-    """Gemm; for an image the weight's rows are put into the order in which its values lie here, channels first."""
-    shape, layer = node.inputs[0].shape, node.layer
+def _rows_first(node, weight):
+    """Return a weight whose rows are in the order in which an image's values lie here, channels first."""
+    shape = node.inputs[0].shape
+    if len(shape) == 1:
+        return weight
+    rows = weight.reshape(*shape, node.layer.outputs)
+    return rows.transpose(2, 0, 1, 3).reshape(weight.shape)
 
-    def arrange(weight):
-        if len(shape) == 1:
-            return weight
-        rows = weight.reshape(*shape, layer.outputs)
-        return rows.transpose(2, 0, 1, 3).reshape(weight.shape)
 
-    if len(shape) == 3:
+def _linear(net, node, x, factor=1.0, name=None):
+    """Gemm, x @ (factor * weight) + bias."""
+    layer = node.layer
+    if len(node.inputs[0].shape) == 3:
         x = net.add("Flatten", x, name=f"{node.path}/flatten")
-    inputs = [x, net.weight(layer.parameters["weight"], arrange)]
+    inputs = [x, net.weight(layer.parameters["weight"], lambda w: factor * _rows_first(node, w))]
     if layer.bias:
         inputs.append(net.weight(layer.parameters["bias"]))
-    return net.add("Gemm", *inputs, name=node.path)
+    return net.add("Gemm", *inputs, name=name or node.path)
 
 
 def _batchnorm(net, node, x, name=None):
@@ -208,6 +210,110 @@ def _gelu(net, node, x):
 
 def _silu(net, node, x):
     return net.add("Mul", x, net.add("Sigmoid", x, name=f"{node.path}/sigmoid"), name=node.path)
+
+
+def _elu(net, node, x):
+    return net.add("Elu", x, name=node.path, alpha=float(node.layer.scalars[0]))
+
+
+def _softmax(net, node, x):
+    return net.add("Softmax", x, name=node.path, axis=1)
+
+
+def _prelu(net, node, x):
+    """The slopes in a shape that channels before pixels broadcast with."""
+    ones = (1,) * (len(node.shape) - 1)
+    slope = net.weight(node.layer.parameters["slope"], lambda s: s.reshape(-1, *ones))
+    return net.add("PRelu", x, slope, name=node.path)
+
+
+def _maxout(net, node, x):
+    """ReduceMax over an axis of the pieces, which divides the channels."""
+    *pixels, c = node.shape
+    shape = net.constant(f"{node.path}/shape", (0, c, node.layer.pieces, *pixels), np.int64)
+    x = net.add("Reshape", x, shape, name=f"{node.path}/pieces")
+    return net.add("ReduceMax", x, name=node.path, axes=(2,), keepdims=0)
+
+
+def _affine(net, node, x, arrange):
+    """Multiply by gamma and add beta, each arranged by a function."""
+    gamma, beta = (net.weight(node.layer.parameters[key], arrange) for key in ("gamma", "beta"))
+    x = net.add("Mul", x, gamma, name=f"{node.path}/scaled")
+    return net.add("Add", x, beta, name=node.path)
+
+
+def _group_norm(net, node, x):
+    """InstanceNormalization of each group as one channel, for opset 17 has no GroupNormalization yet."""
+    *pixels, c = node.shape
+    groups = node.layer.groups
+    grouped = net.constant(f"{node.path}/grouped", (0, groups, -1), np.int64)
+    back = net.constant(f"{node.path}/back", (0, c, *pixels), np.int64)
+    x = net.add("Reshape", x, grouped, name=f"{node.path}/groups")
+    plain = net.constant(f"{node.path}/ones", np.ones(groups)), net.constant(f"{node.path}/zeros", np.zeros(groups))
+    x = net.add("InstanceNormalization", x, *plain, name=f"{node.path}/norm", epsilon=node.layer.eps)
+    x = net.add("Reshape", x, back, name=f"{node.path}/channels")
+    return _affine(net, node, x, lambda v: v.reshape(c, *(1 for _ in pixels)))
+
+
+def _layer_norm(net, node, x):
+    """LayerNormalization over all axes of the image, or over the channels as the last axis."""
+    channels = node.layer.over == "channels"
+    image = len(node.shape) == 3
+
+    def arrange(v):
+        return v.reshape(node.shape).transpose(2, 0, 1) if image and not channels else v
+
+    given = [net.weight(node.layer.parameters[key], arrange) for key in ("gamma", "beta")]
+    if not (image and channels):
+        return net.add("LayerNormalization", x, *given, name=node.path, axis=1, epsilon=node.layer.eps)
+    x = net.add("Transpose", x, name=f"{node.path}/channels_last", perm=(0, 2, 3, 1))
+    x = net.add("LayerNormalization", x, *given, name=f"{node.path}/norm", axis=-1, epsilon=node.layer.eps)
+    return net.add("Transpose", x, name=node.path, perm=(0, 3, 1, 2))
+
+
+def _dropout(net, node, x):
+    """In inference nothing, or the plain form's factor."""
+    if node.layer.form == "inverted" or not node.layer.threshold:
+        return x
+    return net.add("Mul", x, net.constant(f"{node.path}/keep", node.layer.keep), name=node.path)
+
+
+def _dropconnect(net, node, x):
+    """The mean over masks as a Gemm; behind ReLU the closed form, mean * P(z) + s * p(z)."""
+    layer = node.layer
+    mean = _linear(net, node, x, layer.keep, f"{node.path}/mean" if layer.activation else None)
+    if not layer.activation:
+        return mean
+
+    def add(op, *inputs, name):
+        return net.add(op, *inputs, name=f"{node.path}/{name}")
+
+    if len(node.inputs[0].shape) == 3:
+        x = add("Flatten", x, name="rows")
+    spread = layer.keep * (1 - layer.keep)
+    weight = net.weight(layer.parameters["weight"], lambda w: spread * _rows_first(node, w) ** 2)
+    variance = add("MatMul", add("Mul", x, x, name="squares"), weight, name="variance")
+    tiny, half = net.constant("dropconnect/tiny", 1e-30), net.constant("dropconnect/half", 0.5)
+    s = add("Max", add("Sqrt", variance, name="s"), tiny, name="positive")
+    z = add("Div", mean, s, name="z")
+    root = add("Mul", z, net.constant("dropconnect/root", 0.5**0.5), name="root")
+    below = add("Add", add("Mul", add("Erf", root, name="erf"), half, name="halved"), half, name="distribution")
+    square = add("Neg", add("Mul", root, root, name="square"), name="negative")
+    density = add("Mul", add("Exp", square, name="exp"), net.constant("dropconnect/top", 0.3989422804014327), name="p")
+    y = add("Add", add("Mul", mean, below, name="left"), add("Mul", s, density, name="right"), name="sum")
+    return net.add("Relu", y, name=node.path)  # rounding alone makes it negative
+
+
+def _stochastic_pool(net, node, x):
+    """Sum of a*a / sum of a as the ratio of two averages over the same pixels, a = max(x, 0)."""
+    layer, pads = node.layer, (*node.layer.padding, *_ends(node))
+    a = net.add("Relu", x, name=f"{node.path}/activity")
+    means = [
+        net.add("AveragePool", v, name=f"{node.path}/{name}", kernel_shape=layer.size, strides=layer.stride, pads=pads)
+        for name, v in (("mean", a), ("mean_square", net.add("Mul", a, a, name=f"{node.path}/square")))
+    ]
+    divisor = net.add("Max", means[0], net.constant("pool/tiny", 1e-30), name=f"{node.path}/positive")
+    return net.add("Div", means[1], divisor, name=node.path)
 
 
 def _ends(node):
@@ -298,7 +404,18 @@ FORMS = {
     nn.AvgPool: _avg_pool,
     nn.GlobalAvgPool: _global_avg_pool,
     nn.LRN: _lrn,
-    nn.Dropout: lambda net, node, x: x,
+    nn.ELU: _elu,
+    nn.Softplus: _activation("Softplus"),
+    nn.Hardswish: _activation("HardSwish"),
+    nn.PReLU: _prelu,
+    nn.Maxout: _maxout,
+    nn.Softmax: _softmax,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.StochasticPool: _stochastic_pool,
+    nn.Dropout: _dropout,
+    nn.Dropout2d: _dropout,
+    nn.DropConnect: _dropconnect,
     nn.Add: _add,
     nn.Concat: _concat,
     nn.Flatten: _flatten,

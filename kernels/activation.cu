@@ -6,12 +6,15 @@
 //   tanh        y = tanh(x)                     dx = dy * (1 - y*y)
 //   gelu        y = x * P(x)                    dx = dy * (P(x) + x * p(x))     P, p: normal cdf, density
 //   silu        y = x * s(x), s = sigmoid       dx = dy * s * (1 + x * (1 - s))
+//   elu         y = x if x > 0 else alpha*(exp(x) - 1)    dx = dy if y > 0 else dy*(y + alpha)    (alpha >= 0)
+//   softplus    y = log(1 + exp(x))             dx = dy * (1 - exp(-y))
+//   hardswish   y = x * min(max(x + 3, 0), 6)/6     dx = dy * (0 below -3, 1 above 3, else (2*x + 3)/6)
 //
-// The first four need y in backward, not x, so that y may lie over x. NaN stays NaN.
+// gelu, silu and hardswish need x in backward, the others y, so that y may lie over x. NaN stays NaN.
 // Outputs: overwritten; may be an input.
 // Bytes:   forward n reals in, n out; backward 2n in, n out.
 // Launch:  over, four elements a thread.
-#include "common.cuh"
+#include "normal.cuh"
 
 // launch: over=(n+3)//4
 KERNEL relu_forward(const real* x /*n*/, real* y /*n*/, long long n) {
@@ -56,9 +59,6 @@ KERNEL tanh_backward(const real* dy /*n*/, const real* y /*n*/, real* dx /*n*/, 
     each(dy, y, dx, n, [](wide d, wide v) { return d * (1 - v * v); });
 }
 
-DEVICE wide normal_distribution(wide x) { return wide(0.5) * (1 + erf(x * wide(0.70710678118654752))); }
-DEVICE wide normal_density(wide x) { return wide(0.39894228040143268) * exp(wide(-0.5) * x * x); }
-
 // launch: over=(n+3)//4
 KERNEL gelu_forward(const real* x /*n*/, real* y /*n*/, long long n) {
     each(x, y, n, [](wide v) { return v * normal_distribution(v); });
@@ -79,5 +79,41 @@ KERNEL silu_backward(const real* dy /*n*/, const real* x /*n*/, real* dx /*n*/, 
     each(dy, x, dx, n, [](wide d, wide v) {
         const wide s = sigmoid(v);
         return d * s * (1 + v * (1 - s));
+    });
+}
+
+// launch: over=(n+3)//4
+KERNEL elu_forward(const real* x /*n*/, real* y /*n*/, wide alpha, long long n) {
+    each(x, y, n, [alpha](wide v) { return v > 0 ? v : alpha * expm1(v); });
+}
+
+// launch: over=(n+3)//4
+KERNEL elu_backward(const real* dy /*n*/, const real* y /*n*/, real* dx /*n*/, wide alpha, long long n) {
+    each(dy, y, dx, n, [alpha](wide d, wide v) { return v > 0 ? d : d * (v + alpha); });
+}
+
+// launch: over=(n+3)//4
+KERNEL softplus_forward(const real* x /*n*/, real* y /*n*/, long long n) {
+    each(x, y, n, [](wide v) {  // exp of what is at most 0: no overflow
+        return v > 0 ? v + log1p(exp(-v)) : log1p(exp(v));
+    });
+}
+
+// launch: over=(n+3)//4
+KERNEL softplus_backward(const real* dy /*n*/, const real* y /*n*/, real* dx /*n*/, long long n) {
+    each(dy, y, dx, n, [](wide d, wide v) { return d * -expm1(-v); });
+}
+
+// launch: over=(n+3)//4
+KERNEL hardswish_forward(const real* x /*n*/, real* y /*n*/, long long n) {
+    each(x, y, n, [](wide v) {  // the first case for -inf, which times 0 would be NaN
+        return v <= -3 ? wide(0) : v >= 3 ? v : v * (v + 3) / 6;
+    });
+}
+
+// launch: over=(n+3)//4
+KERNEL hardswish_backward(const real* dy /*n*/, const real* x /*n*/, real* dx /*n*/, long long n) {
+    each(dy, x, dx, n, [](wide d, wide v) {
+        return v <= -3 ? wide(0) : v >= 3 ? d : d * (2 * v + 3) / 6;
     });
 }

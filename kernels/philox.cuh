@@ -38,4 +38,21 @@ DEVICE Draw philox(word seed, unsigned int site, word time, word block) {
     return {{x0, x1, x2, x3}};
 }
 
+// lane[j] = lane `place` + j of `bits` bits of a stream: e is lane e%(256/bits) of block e//(256/bits), low bits
+// first. For those who cannot share blocks among threads.
+template <int bits>
+DEVICE void four_lanes(word seed, unsigned int site, word time, word place, unsigned int* lane) {
+    const int per = 256 / bits, first = (int)(place % per);
+    const Draw here = philox(seed, site, time, place / per);
+    const Draw next = first + 3 < per ? here : philox(seed, site, time, place / per + 1);
+    UNROLL for (int j = 0; j < 4; j++) {
+        const bool inside = first + j < per;
+        const int at = inside ? first + j : first + j - per, number = at * bits / 64;
+        word w = 0;
+        UNROLL for (int k = 0; k < 4; k++)  // an index that is known only now would put the words into memory
+            w = k == number ? (inside ? here.at[k] : next.at[k]) : w;
+        lane[j] = (unsigned int)(w >> at * bits % 64 & ((word)1 << bits) - 1);
+    }
+}
+
 #endif

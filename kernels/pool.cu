@@ -15,23 +15,6 @@
 #include "reduce.cuh"
 #include "window.cuh"
 
-// Four channels of a pixel, by the number of a thread's work.
-struct Place {
-    int image, y, x, channel, count;
-    long long at;  // element of the tensor
-
-    __device__ Place(long long i, int h, int w, int c) {
-        const int fours = (c + 3) / 4;
-        const long long pixel = i / fours, line = pixel / w;
-        channel = 4 * (int)(i - pixel * fours);
-        count = up_to_four(c - channel);
-        x = (int)(pixel - line * w);
-        image = (int)(line / h);
-        y = (int)(line - (long long)image * h);
-        at = pixel * c + channel;
-    }
-};
-
 // launch: over=n*oh*ow*((c+3)//4)
 KERNEL maxpool_forward(const real* x /*n*h*w*c*/, real* y /*n*oh*ow*c*/, unsigned char* index /*n*oh*ow*c*/,
                        int n, int h, int w, int c, int oh, int ow, int kh, int kw, int stride_y, int stride_x,

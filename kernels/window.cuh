@@ -1,4 +1,5 @@
-// Along one axis: which windows of a convolution or pooling hold a position, how much of a window is inside.
+// Along one axis: which windows of a convolution or pooling hold a position, how much of a window is inside. And
+// how threads share the pixels of an image.
 //
 // Window o holds padded positions o*stride .. o*stride + reach, reach = (taps - 1)*dilation; padded position
 // p is input position p - pad.
@@ -26,5 +27,22 @@ DEVICE int tap_at(int t, int dilation) {
 DEVICE int clipped(int start, int taps, int size, int pad) {
     return min(start + taps, size + pad) - max(start, -pad);
 }
+
+// Four channels of a pixel, by the number of a thread's work.
+struct Place {
+    int image, y, x, channel, count;
+    long long at;  // element of the tensor
+
+    __device__ Place(long long i, int h, int w, int c) {
+        const int fours = (c + 3) / 4;
+        const long long pixel = i / fours, line = pixel / w;
+        channel = 4 * (int)(i - pixel * fours);
+        count = up_to_four(c - channel);
+        x = (int)(pixel - line * w);
+        image = (int)(line / h);
+        y = (int)(line - (long long)image * h);
+        at = pixel * c + channel;
+    }
+};
 
 #endif

@@ -19,7 +19,7 @@ from gpunet.testing import compile as compiling
 FILES = sorted(resources.kernels().glob("*.cu"))
 TYPES = ("float", "double", "half", "bfloat16")
 DOUBLE_IN_FLOAT = {"loss", "optim"}  # sums over a batch or an arena, and State, are in double
-FLOAT_IN_DOUBLE = {"activation", "loss", "lrn"}  # CUDA's exp of a double begins in float
+FLOAT_IN_DOUBLE = {"activation", "dropconnect", "loss", "lrn", "softmax"}  # CUDA's exp of a double begins in float
 
 ARITHMETIC = "add|sub|mul|fma|mad|div|rcp|sqrt|rsqrt|neg|abs|min|max|setp|ex2|lg2"
 

@@ -110,6 +110,9 @@ def test_all_layers(shape, batch, tmp_path):
     assert kinds == {getattr(nn, n) for n in nn.__all__ if isinstance(getattr(nn, n), type)} - {
         nn.Block, nn.Graph, nn.Layer, nn.Node, nn.Sequential, nn.MeanSquaredError, nn.SoftmaxCrossEntropy,
         nn.BatchNormReLU, nn.BatchNormAddReLU,
+        # in tests/test_onnx_more.py
+        nn.DropConnect, nn.Dropout2d, nn.ELU, nn.GroupNorm, nn.Hardswish, nn.LayerNorm, nn.Maxout, nn.PReLU, nn.Softmax,
+        nn.Softplus, nn.StochasticPool,
     }  # fmt: skip
     hold(predictor_of(graph, mean, 0.01), images, tmp_path / "net.onnx", batch=batch)
 

@@ -3,19 +3,19 @@
 import inspect
 import itertools
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
+from layer_oracles import ORACLES as LAYERS
 
 from gpunet.backends.numpy import (
-    activation,
     augment,
     batchnorm,
     conv,
     dropout,
     elementwise,
     loss,
-    lrn,
     optim,
     order,
     pool,
@@ -27,14 +27,9 @@ from gpunet.core.state import new_state
 from gpunet.testing.cases import CASES, SIZES, state
 from gpunet.testing.tolerance import TOLERANCE, assert_close
 
-TWINS = {
-    name: function
-    for module in (activation, augment, batchnorm, conv, dropout, elementwise, loss, lrn, optim, order, pool)
-    for name, function in vars(module).items()
-    if inspect.isfunction(function) and function.__module__ == module.__name__ and name[0] != "_"
-}
+TWINS = {k.name: getattr(import_module(f"gpunet.backends.numpy.{k.stem}"), k.name) for k in sources.kernels().values()}
 TYPES = {name: Types.of(name) for name in ("float32", "float64", "float16", "bfloat16")}
-ORACLES = {}
+ORACLES = {**LAYERS}
 
 
 def oracle(*kernels):

@@ -73,6 +73,17 @@ def lanes(seed: int, site: int, time: int, first: int, n: int) -> np.ndarray:
     return _philox().lanes(seed, site, time, first, n)
 
 
+def uniforms(seed: int, site: int, time: int, first: int, n: int) -> np.ndarray:
+    """float32 (n): uniform on [0, 1), multiples of 2^-24, by the upper 24 bits of places first .. first + n.
+
+    Place e has the 32 bits of lane e % 8 of block e // 8, low bits first.
+    """
+    block = first // 8
+    words = philox(seed, site, time, block, -(-(first + n) // 8) - block).astype("<u8", copy=False)
+    bits = words.view("<u4")[first - block * 8 :][:n]
+    return (bits >> 8).astype(np.float32) * np.float32(2**-24)
+
+
 def crops(seed: int, epoch: int, first: int, n: int, pad: int):
     """(y, x, flip) for places first .. first + n of an epoch: crop corners in 0 .. 2*pad, flips as bool.
 

@@ -1,19 +1,26 @@
 """Layers, the graph they form, losses and initial values."""
 
 from gpunet.nn import init
-from gpunet.nn.activation import GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
+from gpunet.nn.activation import ELU, GELU, Hardswish, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh
 from gpunet.nn.batchnorm import BatchNorm
 from gpunet.nn.conv import Conv2d
-from gpunet.nn.dropout import Dropout
+from gpunet.nn.dropconnect import DropConnect
+from gpunet.nn.dropout import Dropout, Dropout2d
 from gpunet.nn.elementwise import Add, Concat, Flatten
 from gpunet.nn.fuse import BatchNormAddReLU, BatchNormReLU, fuse
 from gpunet.nn.graph import Block, Graph, Input, Layer, Node, Sequential
+from gpunet.nn.groupnorm import GroupNorm, LayerNorm
 from gpunet.nn.linear import Linear
 from gpunet.nn.loss import LOSSES, MeanSquaredError, SoftmaxCrossEntropy
 from gpunet.nn.lrn import LRN
+from gpunet.nn.maxout import Maxout
 from gpunet.nn.pool import AvgPool, GlobalAvgPool, MaxPool
+from gpunet.nn.prelu import PReLU
+from gpunet.nn.softmax import Softmax
+from gpunet.nn.stochastic_pool import StochasticPool
 
 __all__ = [
+    "ELU",
     "GELU",
     "LOSSES",
     "LRN",
@@ -25,22 +32,32 @@ __all__ = [
     "Block",
     "Concat",
     "Conv2d",
+    "DropConnect",
     "Dropout",
+    "Dropout2d",
     "Flatten",
     "GlobalAvgPool",
     "Graph",
+    "GroupNorm",
+    "Hardswish",
     "Input",
     "Layer",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "MaxPool",
+    "Maxout",
     "MeanSquaredError",
     "Node",
+    "PReLU",
     "ReLU",
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "Softmax",
     "SoftmaxCrossEntropy",
+    "Softplus",
+    "StochasticPool",
     "Tanh",
     "fuse",
     "init",

@@ -1,6 +1,7 @@
 """Activations: y = f(x) element by element. Those that can take their derivative from y run in place."""
 
 from gpunet.errors import GpunetError
+from gpunet.nn.checks import number
 from gpunet.nn.graph import Layer
 
 
@@ -66,3 +67,25 @@ class SiLU(_Activation):
     """x * sigmoid(x) (Elfwing et al. 2018)."""
 
     op, saves = "silu", "x"
+
+
+class ELU(_Activation):
+    """x where x > 0, else alpha * (exp(x) - 1) (Clevert et al. 2016)."""
+
+    op = "elu"
+
+    def __init__(self, alpha=1.0, name=None):
+        super().__init__(name)
+        self.scalars = (number(alpha, "ELU: alpha", 0),)
+
+
+class Softplus(_Activation):
+    """log(1 + exp(x)), without overflow (Dugas et al. 2001)."""
+
+    op = "softplus"
+
+
+class Hardswish(_Activation):
+    """x * min(max(x + 3, 0), 6) / 6 (Howard et al. 2019)."""
+
+    op, saves = "hardswish", "x"

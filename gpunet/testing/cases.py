@@ -549,6 +549,270 @@ def _batch_values(rng, size, real, wide):
     return {"values": values, "order": order, "state": now, "targets": targets, **sizes, "n": n, "k": k}
 
 
+# more activations, groupnorm, dropout by channels, stochastic pooling, dropconnect
+
+
+@case("elu_forward")
+def _elu_forward(rng, size, real, wide):
+    n = COUNTS[size]
+    x = random(rng, n, real, 3)
+    if size == 4:
+        x[:5] = np.nan, 100, -100, 20, -20
+    return {"x": x, "y": blank(n, real), "alpha": [1.0, 0.0, 0.3][size % 3], "n": n}
+
+
+@case("elu_backward")
+def _elu_backward(rng, size, real, wide):
+    n, alpha = COUNTS[size], [1.0, 0.0, 0.3][size % 3]
+    y = np.maximum(random(rng, n, real), real.type(-alpha))
+    return {"dy": random(rng, n, real), "y": y, "dx": blank(n, real), "alpha": alpha, "n": n}
+
+
+@case("softplus_forward", "hardswish_forward")
+def _softplus_forward(rng, size, real, wide):
+    n = COUNTS[size]
+    x = random(rng, n, real, 3)
+    if size == 4:
+        x[:8] = np.nan, 1000, -1000, np.inf, -np.inf, 3, -3, 20
+    return {"x": x, "y": blank(n, real), "n": n}
+
+
+@case("softplus_backward")
+def _softplus_backward(rng, size, real, wide):
+    n = COUNTS[size]
+    y = np.abs(random(rng, n, real, 3))
+    if size == 4:
+        y[:4] = np.nan, np.inf, 1000, 0
+    return {"dy": random(rng, n, real), "y": y, "dx": blank(n, real), "n": n}
+
+
+@case("hardswish_backward")
+def _hardswish_backward(rng, size, real, wide):
+    n = COUNTS[size]
+    x = random(rng, n, real, 3)
+    if size == 4:
+        x[:5] = np.nan, np.inf, -np.inf, 3, -3
+    return {"dy": random(rng, n, real), "x": x, "dx": blank(n, real), "n": n}
+
+
+@case("softmax_forward")
+def _softmax_forward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    x = random(rng, (rows, c), real, [1, 3, 20][size % 3])
+    if size == 3:
+        x[:3, :2] = [[np.nan, 1], [1000, -1000], [-np.inf, 1]]
+    return {"x": x, "y": blank((rows, c), real), "rows": rows, "c": c}
+
+
+@case("softmax_backward")
+def _softmax_backward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    y = rng.dirichlet(np.ones(c), rows).astype(real)
+    return {"dy": random(rng, (rows, c), real), "y": y, "dx": blank((rows, c), real), "rows": rows, "c": c}
+
+
+@case("prelu_forward")
+def _prelu_forward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    x = random(rng, (rows, c), real)
+    if size == 4:
+        x[0, :2] = np.nan, np.inf
+    return {"x": x, "slope": random(rng, c, wide), "y": blank((rows, c), real), "rows": rows, "c": c}
+
+
+@case("prelu_backward")
+def _prelu_backward(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    arrays = {"dy": random(rng, (rows, c), real), "x": random(rng, (rows, c), real), "slope": random(rng, c, wide)}
+    return {**arrays, "dx": blank((rows, c), real), "rows": rows, "c": c}
+
+
+@case("prelu_backward_sums")
+def _prelu_backward_sums(rng, size, real, wide):
+    (rows, c), parts = MATRICES[size], PARTS[size]
+    arrays = {"dy": random(rng, (rows, c), real), "x": random(rng, (rows, c), real), "sums": blank((parts, c), wide)}
+    return {**arrays, "rows": rows, "c": c, "parts": parts}
+
+
+PIECES = [1, 2, 3, 5, 256, 4, 7, 2]
+
+
+@case("maxout_forward")
+def _maxout_forward(rng, size, real, wide):
+    n, k = COUNTS[size], PIECES[size]
+    x = np.round(random(rng, (n, k), real), 1).astype(real)  # with many ties
+    if size == 3:
+        x[:4, 1:3] = [[np.nan, np.inf], [np.inf, np.nan], [np.nan, np.nan], [-np.inf, -np.inf]]
+    return {"x": x, "y": blank(n, real), "index": blank(n, np.uint8), "n": n, "k": k}
+
+
+@case("maxout_backward")
+def _maxout_backward(rng, size, real, wide):
+    n, k = COUNTS[size], PIECES[size]
+    index = rng.integers(0, k, n, np.uint8)
+    return {"dy": random(rng, n, real), "index": index, "dx": blank((n, k), real), "n": n, "k": k}
+
+
+GROUPS = [  # n, pixels, c, groups, width
+    (1, 1, 1, 1, 32),
+    (2, 31, 6, 3, 32),
+    (3, 9, 8, 1, 256),
+    (5, 7, 10, 5, 32),
+    (2, 1, 257, 1, 256),
+    (2, 49, 32, 2, 32),
+    (9, 4, 31, 31, 32),
+    (3, 64, 33, 3, 256),
+]
+
+
+def _groups(size):
+    return dict(zip(("n", "pixels", "c", "groups", "width"), GROUPS[size], strict=True))
+
+
+@case("groupnorm_forward")
+def _groupnorm_forward(rng, size, real, wide):
+    g = _groups(size)
+    shape, n_groups = (g["n"], g["pixels"], g["c"]), (g["n"], g["groups"])
+    x = random(rng, shape, real) + real.type(3 * (size % 2))
+    if size == 3:
+        x[0, 0, 0] = np.nan
+    arrays = {"x": x, **_affine(rng, g["c"], wide), "y": blank(shape, real)}
+    arrays |= {"mean": blank(n_groups, wide), "inverse": blank(n_groups, wide)}
+    return {**arrays, "eps": [1e-5, 1e-2][size % 2], **g}
+
+
+def _group_statistics(rng, g, wide):
+    return {"mean": random(rng, (g["n"], g["groups"]), wide), "inverse": positive(rng, (g["n"], g["groups"]), wide)}
+
+
+@case("groupnorm_backward")
+def _groupnorm_backward(rng, size, real, wide):
+    g = _groups(size)
+    shape = g["n"], g["pixels"], g["c"]
+    arrays = {"dy": random(rng, shape, real), "x": random(rng, shape, real), **_group_statistics(rng, g, wide)}
+    return {**arrays, "gamma": random(rng, g["c"], wide), "dx": blank(shape, real), **g}
+
+
+@case("groupnorm_backward_sums")
+def _groupnorm_backward_sums(rng, size, real, wide):
+    g, parts = _groups(size), PARTS[size]
+    del g["width"]
+    shape, sums = (g["n"], g["pixels"], g["c"]), (parts, g["c"])
+    arrays = {"dy": random(rng, shape, real), "x": random(rng, shape, real), **_group_statistics(rng, g, wide)}
+    return {**arrays, "dgamma": blank(sums, wide), "dbeta": blank(sums, wide), **g, "parts": parts}
+
+
+def _draw(size, n):
+    """Return the arguments of a draw for n places, `first` of them before; a draw on the threshold is among them."""
+    seed, site, batch = SEEDS[size % 4], [1, 2**32 - 1, 0xABCDEF][size % 3], [0, 7, 2**40][size % 3]
+    threshold = round([0.5, 0.2, 0.0, 0.1, 0.5, 0.8, 1.0, 0.05][size] * 65536)
+    if size == 1:
+        threshold = int(lanes(seed, site, batch, 0, n)[n // 2])
+    return {"state": state(batch=batch), "seed": seed, "site": site, "threshold": threshold}
+
+
+@case("dropout_channels")
+def _dropout_channels(rng, size, real, wide):
+    n, pixels, c = IMAGES[size]
+    first = [0, 0, 16, 31, 2**33 + 7, 4096, 15, 1000003][size]
+    arrays = {"x": positive(rng, (n, pixels, c), real), "y": blank((n, pixels, c), real)}
+    return {**arrays, **_draw(size, n * c), "scale": 1.25, "first": first, "n": n, "pixels": pixels, "c": c}
+
+
+@case("dropout_scale")
+def _dropout_scale(rng, size, real, wide):
+    n = COUNTS[size]
+    return {"x": random(rng, n, real), "y": blank(n, real), "scale": 0.75, "n": n}
+
+
+def _activity(rng, size, shape, real, broken):
+    """Values of which some windows have none above 0, some one that is not finite."""
+    x = random(rng, shape, real)
+    if size % 2:
+        x = np.abs(x)
+    x[:, : shape[1] // 2, :, 0] = -1
+    if size in (2, 5):
+        x.flat[:: 2 * x.size // 3] = broken
+    return x
+
+
+@case("stochastic_pool_forward")
+def _stochastic_pool_forward(rng, size, real, wide):
+    g = _pooling(size)
+    draw = _draw(size, 1)
+    del draw["threshold"]
+    x = _activity(rng, size, _image_shape(g), real, (np.nan, np.inf))
+    arrays = {"x": x, "y": blank(_pooled_shape(g), real), "index": blank(_pooled_shape(g), np.uint8)}
+    return {**arrays, **draw, "first": [0, 1, 5, 2**33][size % 4], **g}
+
+
+@case("stochastic_pool_expected")
+def _stochastic_pool_expected(rng, size, real, wide):
+    g = _pooling(size)
+    x = _activity(rng, size, _image_shape(g), real, np.nan)
+    return {"x": x, "y": blank(_pooled_shape(g), real), **g}
+
+
+CONNECTIONS = [(1, 1, 1), (2, 31, 16), (3, 5, 17), (2, 300, 3), (5, 7, 31), (1, 257, 10), (4, 3, 32), (2, 16, 40)]
+
+
+@case("dropconnect_weights")
+def _dropconnect_weights(rng, size, real, wide):
+    _, inputs, outputs = CONNECTIONS[size]
+    arrays = {"w": positive(rng, (inputs, outputs), wide), "masked": blank((inputs, outputs), real)}
+    return {**arrays, **_draw(size, inputs * 16), "inputs": inputs, "outputs": outputs}
+
+
+@case("dropconnect_gradient")
+def _dropconnect_gradient(rng, size, real, wide):
+    _, inputs, outputs = CONNECTIONS[size]
+    accumulate, shape = size % 2, (inputs, outputs)
+    arrays = {"d": positive(rng, shape, wide), "dw": total(rng, shape, wide, accumulate)}
+    return {**arrays, **_draw(size, inputs * 16), "accumulate": accumulate, "inputs": inputs, "outputs": outputs}
+
+
+def _connections(rng, size, given, result):
+    """Return the arguments of a pass over examples: arrays, draws, sizes."""
+    n, inputs, outputs = CONNECTIONS[size]
+    first = {"first": [0, 0, 3, 2**33][size % 4]}
+    if "dw" in result:
+        first["accumulate"] = size % 2
+    return {**given, **result, **_draw(size, inputs * 16), **first, "n": n, "inputs": inputs, "outputs": outputs}
+
+
+@case("dropconnect_forward")
+def _dropconnect_forward(rng, size, real, wide):
+    n, inputs, outputs = CONNECTIONS[size]
+    w = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(wide)
+    given = {"x": random(rng, (n, inputs), real), "w": w}
+    return _connections(rng, size, given, {"y": blank((n, outputs), real)})
+
+
+@case("dropconnect_backward_input")
+def _dropconnect_backward_input(rng, size, real, wide):
+    n, inputs, outputs = CONNECTIONS[size]
+    given = {"dy": random(rng, (n, outputs), real), "w": random(rng, (inputs, outputs), wide)}
+    return _connections(rng, size, given, {"dx": blank((n, inputs), real)})
+
+
+@case("dropconnect_backward_weight")
+def _dropconnect_backward_weight(rng, size, real, wide):
+    n, inputs, outputs = CONNECTIONS[size]
+    given = {"x": random(rng, (n, inputs), real), "dy": random(rng, (n, outputs), real)}
+    return _connections(rng, size, given, {"dw": total(rng, (inputs, outputs), wide, size % 2)})
+
+
+@case("dropconnect_relu")
+def _dropconnect_relu(rng, size, real, wide):
+    n, inputs, outputs = CONNECTIONS[size]
+    x = random(rng, (n, inputs), real)
+    if size == 4:
+        x[0] = 0  # no spread: max(mean, 0)
+    arrays = {"x": x, "w": rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(wide)}
+    arrays |= {"mean": random(rng, (n, outputs), real, [1, 5][size % 2]), "y": blank((n, outputs), real)}
+    return {**arrays, "keep": [0.5, 1.0, 0.9][size % 3], "n": n, "inputs": inputs, "outputs": outputs}
+
+
 # loss
 
 TABLES = [(1, 1), (31, 2), (3, 10), (256, 10), (7, 31), (2, 257), (5, 100), (33, 3)]  # n, k

@@ -60,7 +60,7 @@ def build_graph(config, shape, outputs):
         graph = models.build(config.model.name, shape, outputs, **config.model.model_extra)
     for parameter in graph.parameters():
         if parameter.trainable and len(parameter.shape) == 1:
-            if not parameter.name.endswith(".gamma"):
+            if not parameter.name.endswith((".gamma", ".slope")):
                 parameter.rate *= config.optimizer.bias_rate
             parameter.decay *= config.optimizer.decay_bias
     return graph

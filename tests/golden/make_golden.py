@@ -322,10 +322,10 @@ def nchw(x):
     return x.permute(0, 3, 1, 2)
 
 
-def make_layers():
+def make_layers(cases=CASES):
     """Output, loss, gradients and moved statistics of every case."""
     out = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         graph = graph_of(case)
         w = leaves(graph)
         x = torch.tensor(images_of(name, case.shape), requires_grad=True)

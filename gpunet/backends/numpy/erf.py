@@ -25,3 +25,13 @@ def erf(x):
     tail = np.exp(-far * far) * _TAIL(1 / far)
     value = np.where(size < SPLIT, near * polynomial.polyval(near * near, _SERIES), 1 - tail)
     return np.copysign(value, v).astype(x.dtype)
+
+
+def normal_distribution(v):
+    """P(X <= v) for a standard normal X."""
+    return (1 + erf(v * math.sqrt(0.5))) / 2
+
+
+def normal_density(v):
+    """exp(-v*v/2) / sqrt(2 pi)."""
+    return np.exp(-v * v / 2) * (1 / math.sqrt(2 * math.pi))
