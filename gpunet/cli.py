@@ -143,7 +143,8 @@ def predict(
     print(f"each picture scaled to cover {height} x {width} pixels, and its middle taken", file=sys.stderr)
     for path, row in zip(images, predictor.predict(pixels), strict=True):
         best = row.argsort()[::-1][:3]
-        print(f"{path}: " + ", ".join(f"{predictor.classes[i]} {row[i]:.1%}" for i in best))
+        form = ".1%" if predictor.link else ".3g"
+        print(f"{path}: " + ", ".join(f"{predictor.classes[i]} {row[i]:{form}}" for i in best))
 
 
 @app.command()
@@ -170,7 +171,7 @@ def export(
     onnx(predictor, file, batch=None if batch == "dynamic" else int(batch), pixels=pixels)
     shape = ", ".join(map(str, predictor.step.graph.input_shape))
     count = "n" if batch == "dynamic" else batch
-    outputs = "logits and probabilities" if predictor.loss == "cross_entropy" else "logits"
+    outputs = "logits and probabilities" if predictor.link else "logits"
     print(f"{file}: {size(Path(file).stat().st_size)}, ONNX opset {OPSET}, IR version {IR}")
     print(f"images {pixels} ({count}, {shape}), normalised inside -> {outputs}")
     if predictor.classes:

@@ -26,21 +26,21 @@ def onnx(model, path, *, batch=None, pixels="uint8"):
     """Write a Predictor or a Step in inference to an ONNX file in float32; return the model as the onnx package has it.
 
     Input "images": raw pixels 0 to 255, "uint8" or "float32" by `pixels`; of a Step without a source, which knows no
-    mean and scale, float32 as its network takes them. Outputs: "logits", the network's, and their softmax,
-    "probabilities", unless the network was not trained for classes. batch: images a call, any number by default.
+    mean and scale, float32 as its network takes them. Outputs: "logits", the network's, and "probabilities", what
+    `Predictor.predict` makes of them, unless the loss has none. batch: images a call, any number by default.
     """
     package = _package()
     if batch is not None and batch < 1:
         raise GpunetError(f"export: batch: expected at least 1, got {batch}")
     if pixels not in ("uint8", "float32"):
         raise GpunetError(f"export: pixels: expected uint8 or float32, got '{pixels}'")
-    step, affine, classes, labels = _parts(model)
+    step, affine, classes, link = _parts(model)
     pixels = pixels if affine else "float32"
     net = _Net(package, {**step.weights, **step.statistics})
-    _trace(net, step.graph, affine, pixels, labels)
+    _trace(net, step.graph, affine, pixels, link)
     if (nbytes := sum(value.nbytes for value in net.constants.values())) > LIMIT:
         raise GpunetError(f"{path}: an ONNX file holds at most {LIMIT:,} bytes, this network has {nbytes:,}")
-    model = net.model(step.graph, batch, pixels, labels, _metadata(step.graph, affine, pixels, classes))
+    model = net.model(step.graph, batch, pixels, link, _metadata(step.graph, affine, pixels, classes))
     package.checker.check_model(model, full_check=True)
     write_whole(Path(path), model.SerializeToString())
     return model
@@ -55,11 +55,11 @@ def _package():
 
 
 def _parts(model):
-    """Return (step, (mean, scale) or None, class names, whether outputs are for classes)."""
+    """Return (step, (mean, scale) or None, class names, what makes probabilities of the outputs)."""
     if hasattr(model, "step"):
-        return model.step, (model.mean, model.scale), model.classes, model.loss == "cross_entropy"
-    labels = model.loss is None or isinstance(model.loss, nn.SoftmaxCrossEntropy)
-    return model, (model.source.mean, model.source.scale) if model.source else None, (), labels
+        return model.step, (model.mean, model.scale), model.classes, model.link
+    link = "softmax" if model.loss is None else getattr(model.loss, "link", None)
+    return model, (model.source.mean, model.source.scale) if model.source else None, (), link
 
 
 def _metadata(graph, affine, pixels, classes):
@@ -73,7 +73,7 @@ def _metadata(graph, affine, pixels, classes):
     }
 
 
-def _trace(net, graph, affine, pixels, labels):
+def _trace(net, graph, affine, pixels, link):
     """Add the nodes from the images to the outputs."""
     x = INPUT
     if pixels == "uint8":
@@ -93,8 +93,10 @@ def _trace(net, graph, affine, pixels, labels):
     if len(graph.output_shape) == 3:
         y = net.add("Transpose", y, name="output/channels_last", perm=(0, 2, 3, 1))
     net.add("Identity", y, name="output/logits", output=OUTPUT)
-    if labels:
+    if link == "softmax":
         net.add("Softmax", OUTPUT, name="output/softmax", output=PROBABILITIES, axis=-1)
+    elif link == "sigmoid":
+        net.add("Sigmoid", OUTPUT, name="output/sigmoid", output=PROBABILITIES)
 
 
 class _Net:
@@ -124,12 +126,12 @@ class _Net:
         value = self.tensors[parameter.name]
         return self.constant(parameter.name, value if arrange is None else arrange(value))
 
-    def model(self, graph, batch, pixels, labels, metadata):
+    def model(self, graph, batch, pixels, link, metadata):
         """Return the finished model."""
         helper, kinds = self.package.helper, self.package.TensorProto
         kind = {"uint8": kinds.UINT8, "float32": kinds.FLOAT}[pixels]
         n = batch or "n"
-        outputs = [OUTPUT, PROBABILITIES] if labels else [OUTPUT]
+        outputs = [OUTPUT, PROBABILITIES] if link else [OUTPUT]
         made = helper.make_graph(
             self.nodes,
             "gpunet",
@@ -156,6 +158,36 @@ def _conv(net, node, x):
         "Conv", *inputs, name=node.path, kernel_shape=layer.size, strides=layer.stride, pads=layer.padding * 2,
         dilations=layer.dilation, group=layer.groups,
     )  # fmt: skip
+
+
+def _conv_transpose(net, node, x):
+    layer = node.layer
+    inputs = [x, net.weight(layer.parameters["weight"], lambda w: w.transpose(3, 2, 0, 1))]
+    if layer.bias:
+        inputs.append(net.weight(layer.parameters["bias"]))
+    return net.add(
+        "ConvTranspose", *inputs, name=node.path, kernel_shape=layer.size, strides=layer.stride,
+        pads=layer.padding * 2, dilations=layer.dilation, output_padding=layer.output_padding, group=layer.groups,
+    )  # fmt: skip
+
+
+def _locally_connected(net, node, x):
+    """The patches by a convolution that copies, then a product at each place; opset 17 cannot unfold."""
+    layer = node.layer
+    *_, c, outputs = layer.parameters["weight"].shape
+    depth = math.prod(layer.size) * c
+    copies = np.eye(depth).reshape(depth, *layer.size, c).transpose(0, 3, 1, 2)
+    x = net.add(
+        "Conv", x, net.constant(f"{node.path}/copies", copies), name=f"{node.path}/patches", kernel_shape=layer.size,
+        strides=layer.stride, pads=layer.padding * 2, dilations=layer.dilation,
+    )  # fmt: skip
+    x = net.add("Transpose", x, name=f"{node.path}/by_place", perm=(2, 3, 0, 1))
+    weight = net.weight(layer.parameters["weight"], lambda w: w.reshape(*node.shape[:2], depth, outputs))
+    x = net.add("MatMul", x, weight, name=f"{node.path}/products")
+    if layer.bias:
+        bias = net.weight(layer.parameters["bias"], lambda b: b.reshape(*node.shape[:2], 1, outputs))
+        x = net.add("Add", x, bias, name=f"{node.path}/sum")
+    return net.add("Transpose", x, name=node.path, perm=(2, 3, 0, 1))
 
 
 def _rows_first(node, weight):
@@ -370,6 +402,10 @@ def _global_avg_pool(net, node, x):
     return net.add("Flatten", net.add("GlobalAveragePool", x, name=f"{node.path}/mean"), name=node.path)
 
 
+def _scale(net, node, x):
+    return net.add("Mul", x, net.constant(f"{node.path}/factor", node.layer.factor), name=node.path)
+
+
 def _add(net, node, x, *others):
     for number, other in enumerate(others, 1):
         last = number == len(others)
@@ -391,6 +427,9 @@ def _flatten(net, node, x):
 FORMS = {
     nn.Conv2d: _conv,
     nn.Linear: _linear,
+    nn.DepthwiseConv2d: _conv,
+    nn.ConvTranspose2d: _conv_transpose,
+    nn.LocallyConnected2d: _locally_connected,
     nn.BatchNorm: _batchnorm,
     nn.BatchNormReLU: _batchnorm_relu,
     nn.BatchNormAddReLU: _batchnorm_relu,
@@ -419,4 +458,5 @@ FORMS = {
     nn.Add: _add,
     nn.Concat: _concat,
     nn.Flatten: _flatten,
+    nn.Scale: _scale,
 }

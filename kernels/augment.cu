@@ -12,7 +12,7 @@
 //                    Draws: Philox block p of the stream (AUGMENT_SITE, time = epoch):
 //                    dy = (word 0 >> 32)*(2*pad + 1) >> 32, dx from word 1 alike, flip = bit 63 of word 2;
 //                    batch size and replicas change nothing.
-//   batch_targets    targets[i, j] = (label == j)*(1 - smoothing) + smoothing/k; padding is a row of zeros
+//   batch_targets    targets[i, j] = (label == j)*(1 - smoothing) + smoothing/k; padding is a row of NaN
 //   batch_values     targets[i] = values of the image; padding is a row of NaN
 //
 // Outputs: overwritten.
@@ -74,7 +74,7 @@ KERNEL batch_targets(const int* labels /*set*/, const int* order /*places*/, con
     const wide rest = smoothing / (wide)k;
     OVER(e, (long long)n * k) {
         const long long i = e / k, place = place_of(state, batch, batches, first) + i;
-        wide t = 0;
+        wide t = not_a_number();
         if (place < places) t = (labels[order[place]] == (int)(e - i * k) ? 1 - smoothing : wide(0)) + rest;
         store(targets + e, t);
     }

@@ -1,6 +1,7 @@
-// Addition, concatenation, bias, sums down columns, casts. In a matrix a row is a pixel, a column a channel.
+// Addition, scaling, concatenation, bias, sums down columns, casts. In a matrix a row is a pixel, a column a channel.
 //
 //   add_forward      y = a + b; y may be a or b                                           2n reals in, n out
+//   scale_forward    y = factor*x; y may be x                                              n reals in and out
 //   concat_forward   y[:, offset : offset + c] = x, other columns stay               rows*c reals in and out
 //   concat_backward  dx = dy[:, offset : offset + c]                                 rows*c reals in and out
 //   bias_forward     y += b in every row, in place                                   rows*c reals in and out
@@ -17,6 +18,11 @@
 // launch: over=(n+3)//4
 KERNEL add_forward(const real* a /*n*/, const real* b /*n*/, real* y /*n*/, long long n) {
     each(a, b, y, n, [](wide u, wide v) { return u + v; });
+}
+
+// launch: over=(n+3)//4
+KERNEL scale_forward(const real* x /*n*/, real* y /*n*/, wide factor, long long n) {
+    each(x, y, n, [factor](wide v) { return factor * v; });
 }
 
 // Four neighbours of x lie in one row of y or are walked into the next one: one division serves them.

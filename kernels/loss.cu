@@ -1,13 +1,22 @@
 // Losses with their gradients, a row an image. Targets are dense rows of k; a row of padding has none.
 //
 //   softmax_cross_entropy  losses = -sum of t*log(softmax(z))
-//                          dlogits = (softmax(z)*sum(t) - t)*state.loss_scale          padding: all t are 0
+//                          dlogits = (softmax(z)*sum(t) - t)*state.loss_scale
 //   mean_squared_error     losses = mean over k of (p - t)^2
-//                          dprediction = 2*(p - t)/k*state.loss_scale                  padding: all t are NaN
+//                          dprediction = 2*(p - t)/k*state.loss_scale
+//   sigmoid_cross_entropy  losses = sum of positive*t*(1-p)^gamma*-log(p) + negative*(1-t)*p^gamma*-log(1-p),
+//                          p = 1/(1 + exp(-z)); dlogits = its derivative*state.loss_scale
+//   multiclass_hinge       losses = sum over j != y of v[j], or of v[j]^2 if squared; v[j] = max(0, z[j] - z[y] +
+//                          margin), y: the largest t; of the largest v[j] alone if single
+//                          dscores = its derivative*state.loss_scale
 //   metrics_sum            sums (+)= sum of losses, rows with hit 1, rows with hit >= 0, 1 (one gradient)
 //
-// hits: 1 where the largest z (k > 1) stands where the largest t does, the first of several; else 0; -1 in a
-// row of padding, whose loss and gradient are 0. Nothing is a mean over rows: the update divides by count.
+// A row of padding, whose t are all NaN, has loss and gradient 0 and hit -1; where t are shares of the classes
+// (softmax, hinge), a row of zeros has no class and is padding too. Nothing is a mean over rows: the update
+// divides by count.
+// hits: 1 where the largest z (mean_squared_error: if k > 1) stands where the largest t does, the first of several;
+// else 0. sigmoid_cross_entropy: where any of the largest t does; with k = 1, z > 0 as t > 1/2; where no t is above
+// 0, no z either.
 //
 // Outputs: overwritten; (+)= adds where accumulate is 1. A gradient may lie over logits or prediction.
 // Bytes:   2*n*k reals in, n*k out.
@@ -33,7 +42,7 @@ KERNEL softmax_cross_entropy(const real* logits /*n*k*/, const real* targets /*n
         logit = better(logit, {load(z + j), j});
         label = better(label, {target, j});
         mass += target;
-        given += target != 0;
+        given += target < 0 || target > 0;  // neither 0 nor NaN
     }
     logit = warp_best(logit);
     label = warp_best(label);
@@ -91,6 +100,106 @@ KERNEL mean_squared_error(const real* prediction /*n*k*/, const real* targets /*
     if (lane == 0 && row < n) {
         losses[row] = given ? sum / (wide)k : wide(0);
         hits[row] = given ? k > 1 && largest.index == label.index : -1;
+    }
+}
+
+// log(1 + exp(z)) is max(z, 0) + l and log(1 + exp(-z)) is max(-z, 0) + l, which cannot overflow; the powers are
+// exponentials of them: (1-p)^gamma = exp(-gamma*log(1 + exp(z))).
+
+// launch: blocks=(n+7)//8
+KERNEL sigmoid_cross_entropy(const real* logits /*n*k*/, const real* targets /*n*k*/, real* dlogits /*n*k*/,
+                             wide* losses /*n*/, int* hits /*n*/, const State* state /*1*/, wide positive,
+                             wide negative, wide gamma, int n, int k) {
+    const int row = blockIdx.x * ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int width = row < n ? k : 0;
+    const long long base = (long long)row * k;
+
+    Best logit = {0, -1}, label = {0, -1};
+    int given = 0;
+    for (int j = lane; j < width; j += WARP) {
+        const wide target = load(targets + base + j);
+        logit = better(logit, {load(logits + base + j), j});
+        label = better(label, {target, j});
+        given += !is_nan(target);
+    }
+    logit = warp_best(logit);
+    label = warp_best(label);
+    given = warp_sum(given);
+
+    const wide scale = (wide)state->loss_scale;
+    wide sum = 0;
+    for (int j = lane; j < width; j += WARP) {
+        const wide z = load(logits + base + j), t = load(targets + base + j);
+        const wide e = exp(z < 0 ? z : -z), l = log(1 + e), large = 1 / (1 + e);
+        const wide up = max(z, wide(0)) + l, down = max(-z, wide(0)) + l;  // -log(1 - p), -log(p)
+        const wide p = z < 0 ? e * large : large, q = z < 0 ? large : e * large;
+        const wide here = positive * t * exp(-gamma * up), away = negative * (1 - t) * exp(-gamma * down);
+        sum += here * down + away * up;
+        const wide d = away * (p + gamma * q * up) - here * (q + gamma * p * down);
+        store(dlogits + base + j, given ? d * scale : wide(0));
+    }
+    sum = warp_sum(sum);
+    if (lane == 0 && row < n) {
+        int hit = -1;
+        if (given && label.value <= 0)
+            hit = logit.value <= 0;
+        else if (given && k == 1)
+            hit = (logit.value > 0) == (label.value > wide(0.5));
+        else if (given)
+            hit = load(targets + base + logit.index) == label.value;
+        losses[row] = given ? sum : wide(0);
+        hits[row] = hit;
+    }
+}
+
+// launch: blocks=(n+7)//8
+KERNEL multiclass_hinge(const real* scores /*n*k*/, const real* targets /*n*k*/, real* dscores /*n*k*/,
+                        wide* losses /*n*/, int* hits /*n*/, const State* state /*1*/, wide margin,
+                        int squared, int single, int n, int k) {
+    const int row = blockIdx.x * ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int width = row < n ? k : 0;
+    const long long base = (long long)row * k;
+
+    Best largest = {0, -1}, label = {0, -1};
+    int given = 0;
+    for (int j = lane; j < width; j += WARP) {
+        const wide target = load(targets + base + j);
+        largest = better(largest, {load(scores + base + j), j});
+        label = better(label, {target, j});
+        given += target < 0 || target > 0;
+    }
+    largest = warp_best(largest);
+    label = warp_best(label);
+    given = warp_sum(given);
+
+    const wide own = given ? load(scores + base + label.index) : wide(0);
+    Best rival = {0, -1};
+    for (int j = lane; j < width; j += WARP)
+        if (j != label.index) rival = better(rival, {load(scores + base + j), j});
+    rival = warp_best(rival);
+
+    wide sum = 0, slopes = 0;
+    for (int j = lane; j < width; j += WARP) {
+        const wide v = load(scores + base + j) - own + margin;
+        if (j != label.index && (!single || j == rival.index) && !(v <= 0)) {
+            sum += squared ? v * v : v;
+            slopes += squared ? 2 * v : wide(1);
+        }
+    }
+    sum = warp_sum(sum);
+    slopes = warp_sum(slopes);
+
+    const wide scale = (wide)state->loss_scale;
+    for (int j = lane; j < width; j += WARP) {
+        const wide v = load(scores + base + j) - own + margin;
+        const bool counts = (!single || j == rival.index) && !(v <= 0);
+        const wide other = counts ? (squared ? 2 * v : wide(1)) : wide(0);
+        const wide d = j == label.index ? -slopes : other;
+        store(dscores + base + j, given ? d * scale : wide(0));
+    }
+    if (lane == 0 && row < n) {
+        losses[row] = given ? sum : wide(0);
+        hits[row] = given ? largest.index == label.index : -1;
     }
 }
 

@@ -68,12 +68,13 @@ struct Tile {
     long long first, stop;
     bool writes;  // this thread holds its column's result after fold_rows
 
-    __device__ Tile(long long rows, int c, int parts) {
+    // block: the tile's number, where a launch has more blocks than one matrix needs
+    __device__ Tile(long long rows, int c, int parts, int block = blockIdx.x) {
         const int across = (c + WARP - 1) / WARP, thread = threadIdx.x;
         lanes = WARP;
         while (lanes / 2 >= c) lanes /= 2;
-        part = blockIdx.x / across;
-        column = ((int)blockIdx.x - part * across) * WARP + thread % lanes;
+        part = block / across;
+        column = (block - part * across) * WARP + thread % lanes;
         step = THREADS / lanes;
         first = part * rows / parts + thread / lanes;
         stop = (part + 1) * rows / parts;

@@ -5,6 +5,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from golden.make_golden import BATCH, FOLDER, NETS, SGD, STEPS, batch_of, fingerprint, plain, starting
+from golden.make_kinds import NETS as OTHERS
 
 from gpunet import models, optim
 from gpunet.backends.numpy import Backend
@@ -18,8 +19,8 @@ VARIANTS = [("blocked", True, 1), ("unfold", False, 1), ("blocked", True, 2), ("
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(FOLDER / "nets.npz") as file:
-        return dict(file)
+    with np.load(FOLDER / "nets.npz") as file, np.load(FOLDER / "kinds.npz") as others:
+        return {**file, **others}
 
 
 def close(got, expected, where):
@@ -28,9 +29,9 @@ def close(got, expected, where):
 
 
 @pytest.mark.parametrize(("engine", "fast", "replicas"), VARIANTS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", NETS | OTHERS)
 def test_four_steps_equal_pytorch(name, engine, fast, replicas, golden):
-    net, backend = NETS[name], Backend(fast=fast)
+    net, backend = (NETS | OTHERS)[name], Backend(fast=fast)
     backend.engine = lambda types: engine
     step = Step(net.graph(), SoftmaxCrossEntropy(), optim.SGD(net.lr, **SGD), batch=BATCH, dtype="float64",
                 backend=backend, replicas=replicas)  # fmt: skip
@@ -55,6 +56,8 @@ SIZES = {  # trainable weights, as published or as others' programs count them
     "resnet20": 272_474,
     "vgg": 9_228_362,
     "mlp": 3072 * 256 + 256 + 2570,
+    "nin": 966_986,
+    "airbench94": 1_971_640,  # of which 288 are frozen
 }
 
 
@@ -70,6 +73,40 @@ def test_flops_of_resnet20():
     """He et al. count multiplications, one for two of our operations: about 41 million."""
     flops = sum(row.flops for row in models.build("resnet20").summary() if row.kind in ("Conv2d", "Linear"))
     assert flops / 2 == pytest.approx(41e6, rel=0.02)
+
+
+def test_flops_of_airbench94():
+    """0.236 GFLOP an image, a multiplication and an addition a product."""
+    flops = sum(row.flops for row in models.build("airbench94").summary() if row.kind in ("Conv2d", "Linear"))
+    assert flops == pytest.approx(0.236e9, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["nin", "airbench94"])
+def test_a_step_of_three_replicas_in_half_precision_after_fusing(name):
+    """All weights but the frozen ones move, and stay finite."""
+    arguments = {"airbench94": {"widths": (8, 8, 8)}}.get(name, {})
+    graph = models.build(name, (26, 26, 3), 4, **arguments).fused()
+    rng = np.random.default_rng(0)
+    with closing(Step(graph, SoftmaxCrossEntropy(), optim.SGD(0.1), batch=5, dtype="float16", replicas=3)) as step:
+        before = dict(step.weights.items())
+        while step.state["update"] < 1:  # the loss scale is found
+            step.gradient(rng.normal(size=(5, 26, 26, 3)), rng.integers(0, 4, 5))
+            step.update()
+        for key, value in step.weights.items():
+            assert np.isfinite(value).all(), key
+            assert (value == before[key]).all() == (key == "whiten.weight"), key
+        assert step.losses()["count"] == 5
+
+
+def test_the_initial_values_of_airbench94_are_arguments():
+    inits = {"init": ["constant", 2], "whitening_init": ["constant", 3]}
+    graph = models.build("airbench94", widths=(8, 8, 8), **inits)
+    with closing(Step(graph, batch=1, replicas=1)) as step:
+        assert (step.weights["whiten.weight"] == 3).all()
+        assert (step.weights["group2.conv1.weight"] == 2).all()
+        assert (step.weights["whiten.bias"] == 0).all()
+    with pytest.raises(GpunetError, match="airbench94: widths: expected 3, got"):
+        models.build("airbench94", widths=(3, 4))
 
 
 @pytest.mark.parametrize("name", models.MODELS)

@@ -26,6 +26,7 @@ SMALL = {  # arguments that make a model small enough for a test; the whole of e
     "resnet110": {"widths": (4, 4, 8)},
     "vgg": {"widths": (8, 8, 16, 16, 16), "dropout": 0.5},
     "layers": {"layers": [{"layer": "Conv2d", "outputs": 3, "size": 3}, {"layer": "Linear"}]},
+    "airbench94": {"widths": (8, 8, 16)},
 }
 
 
@@ -93,10 +94,14 @@ def layers(shape):
     z = nn.Sequential(nn.Conv2d(8, 3, groups=4, dilation=(2, 1), padding=(2, 1)), nn.Sigmoid())(y)
     x = nn.Concat()(nn.Add()(x, y, z), nn.Conv2d(5, 1, bias=False)(nn.BatchNorm(scale=False)(z)))
     x = nn.Sequential(nn.LRN(3, 0.5), nn.LRN(3, 0.5, region="within"))(x)
+    up = nn.ConvTranspose2d(6, (3, 4), (1, 2), (1, 0), (0, 1), 2, (1, 2))(nn.DepthwiseConv2d(3, 2, 2)(z))
+    odd = nn.Sequential(nn.LocallyConnected2d(4, 3, (2, 1)), nn.Scale(0.3), nn.LocallyConnected2d(3, 2, padding=0,
+                        bias=False), nn.ConvTranspose2d(2, 3, bias=False))(up)  # fmt: skip
     pooled = nn.Sequential(nn.MaxPool(3, 2, 1, ceil=True), nn.Tanh(), nn.AvgPool((3, 2), 2, (1, 0), ceil=True))(x)
     rows = nn.Sequential(nn.Linear(9), nn.BatchNorm(), nn.ReLU())(pooled)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(6, bias=False))(pooled)
-    joined = nn.Concat()(rows, nn.GlobalAvgPool()(x), flat, nn.Flatten()(nn.AvgPool(2)(pooled)))
+    ends = nn.GlobalAvgPool()(x), nn.Flatten()(nn.AvgPool(2)(pooled)), nn.GlobalAvgPool()(odd)
+    joined = nn.Concat()(rows, flat, *ends)
     return nn.Graph(image, nn.Sequential(nn.Linear(5, name="logits"), nn.Dropout(0.1))(joined))
 
 
@@ -108,8 +113,8 @@ def test_all_layers(shape, batch, tmp_path):
     graph = layers(shape)
     kinds = {type(node.layer) for node in graph.nodes}
     assert kinds == {getattr(nn, n) for n in nn.__all__ if isinstance(getattr(nn, n), type)} - {
-        nn.Block, nn.Graph, nn.Layer, nn.Node, nn.Sequential, nn.MeanSquaredError, nn.SoftmaxCrossEntropy,
-        nn.BatchNormReLU, nn.BatchNormAddReLU,
+        nn.Block, nn.Graph, nn.Layer, nn.Node, nn.Sequential, nn.BatchNormReLU, nn.BatchNormAddReLU,
+        *nn.LOSSES.values(),
         # in tests/test_onnx_more.py
         nn.DropConnect, nn.Dropout2d, nn.ELU, nn.GroupNorm, nn.Hardswish, nn.LayerNorm, nn.Maxout, nn.PReLU, nn.Softmax,
         nn.Softplus, nn.StochasticPool,

@@ -160,6 +160,11 @@ def _(name, a, b, y, n):
     return {"y": [a[i] + b[i] for i in range(n)]}
 
 
+@oracle("scale_forward")
+def _(name, x, y, factor, n):
+    return {"y": [v * factor for v in x.tolist()]}
+
+
 @oracle("concat_forward")
 def _(name, x, y, rows, c, width, offset):
     for r, j in itertools.product(range(rows), range(c)):
@@ -229,6 +234,24 @@ def _(name, x, columns, **g):
             else:
                 x[i, iy, ix, channel] += columns[at]
     return {"columns": columns} if name == "unfold" else {"x": x}
+
+
+@oracle("depthwise_forward", "depthwise_backward", "depthwise_weight")
+def _(name, x=None, weight=None, y=None, dy=None, dx=None, sums=None, parts=None, **g):
+    outputs = {"depthwise_forward": ("y", y), "depthwise_backward": ("dx", dx), "depthwise_weight": ("sums", sums)}
+    written, values = outputs[name]
+    values[...] = 0
+    for i, oy, ox, ky, kx, iy, ix in convolution_taps(g):
+        for o in range(g["c"] * g["multiplier"]):
+            channel = o // g["multiplier"]
+            if name == "depthwise_forward":
+                y[i, oy, ox, o] += x[i, iy, ix, channel] * weight[ky, kx, o]
+            elif name == "depthwise_backward":
+                dx[i, iy, ix, channel] += dy[i, oy, ox, o] * weight[ky, kx, o]
+            else:
+                part = part_of(i * g["oh"] + oy, g["n"] * g["oh"], parts)
+                sums[part, ky, kx, o] += x[i, iy, ix, channel] * dy[i, oy, ox, o]
+    return {written: values}
 
 
 @oracle("maxpool_forward")
@@ -474,7 +497,7 @@ def _(
 
 @oracle("batch_targets")
 def _(name, labels, order, state, targets, smoothing, batch, batches, first, places, set, n, k):
-    targets[:] = 0
+    targets[:] = np.nan
     for i, place in batch_places(state, batch, batches, first, places, n):
         targets[i] = smoothing / k
         targets[i, labels[order[place]]] += 1 - smoothing
@@ -516,6 +539,50 @@ def _(name, prediction, targets, dprediction, losses, hits, state, n, k):
             hits[i] = k > 1 and p.index(max(p)) == t.index(max(t))
             dprediction[i] = [2 * (p[j] - t[j]) / k * state["loss_scale"] for j in range(k)]
     return {"dprediction": dprediction, "losses": losses, "hits": hits}
+
+
+@oracle("sigmoid_cross_entropy")
+def _(name, logits, targets, dlogits, losses, hits, state, positive, negative, gamma, n, k):
+    dlogits[:], losses[:], hits[:] = 0, 0, -1
+    for i in range(n):
+        z, t = logits[i].tolist(), targets[i].tolist()
+        if t[0] != t[0]:
+            continue
+        terms = []
+        for j in range(k):
+            p, q = sigmoid(z[j]), sigmoid(-z[j])
+            terms += [-positive * t[j] * q**gamma * math.log(p), -negative * (1 - t[j]) * p**gamma * math.log(q)]
+            here = positive * t[j] * q**gamma * (gamma * p * math.log(p) - q)
+            away = negative * (1 - t[j]) * p**gamma * (p - gamma * q * math.log(q))
+            dlogits[i, j] = (here + away) * state["loss_scale"]
+        losses[i] = math.fsum(terms)
+        if not any(t):
+            hits[i] = all(v <= 0 for v in z)
+        else:
+            hits[i] = (z[0] > 0) == (t[0] > 0.5) if k == 1 else t[z.index(max(z))] == max(t)
+    return {"dlogits": dlogits, "losses": losses, "hits": hits}
+
+
+@oracle("multiclass_hinge")
+def _(name, scores, targets, dscores, losses, hits, state, margin, squared, single, n, k):
+    dscores[:], losses[:], hits[:] = 0, 0, -1
+    for i in range(n):
+        z, t = scores[i].tolist(), targets[i].tolist()
+        if t[0] != t[0] or not any(t):
+            continue
+        y = t.index(max(t))
+        hits[i] = z.index(max(z)) == y
+        others = [j for j in range(k) if j != y]
+        if single:
+            others = sorted(others, key=lambda j: -z[j])[:1]  # stable: of equal ones the first
+        for j in others:
+            short = z[j] - z[y] + margin
+            if short > 0:
+                losses[i] += short**2 if squared else short
+                slope = (2 * short if squared else 1) * state["loss_scale"]
+                dscores[i, j] += slope
+                dscores[i, y] -= slope
+    return {"dscores": dscores, "losses": losses, "hits": hits}
 
 
 @oracle("metrics_sum")

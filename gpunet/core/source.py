@@ -123,7 +123,8 @@ class Source:
     def trace_batch(self, t, state, nominal, augment):
         """Add the launches that make this share of the batch; return (x, targets).
 
-        `nominal` is the batch size that places are counted by; a place beyond the last image gives zeros.
+        `nominal` is the batch size that places are counted by; a place beyond the last image gives zeros
+        and targets of NaN, which losses know as padding.
         """
         n, (h, w, c), share = t.share.size, self.shape, t.share
         batches, held = self.batches(nominal), self.held(nominal)

@@ -4,9 +4,12 @@ import difflib
 import inspect
 
 from gpunet.errors import GpunetError
+from gpunet.models.airbench import airbench94
+from gpunet.models.cuda_convnet import cuda_convnet
 from gpunet.models.layers import layers
 from gpunet.models.lenet import lenet
 from gpunet.models.mlp import mlp
+from gpunet.models.nin import nin
 from gpunet.models.quick import cifar10_full, cifar10_quick
 from gpunet.models.resnet import resnet, resnet9
 from gpunet.models.vgg import vgg
@@ -28,6 +31,9 @@ MODELS = {
     "resnet9": resnet9,
     **{f"resnet{n}": _depth(n) for n in (20, 32, 44, 56, 110)},
     "vgg": vgg,
+    "nin": nin,
+    "cuda_convnet": cuda_convnet,
+    "airbench94": airbench94,
     "layers": layers,
 }
 

@@ -83,18 +83,19 @@ class Conv2d(Layer):
         name=None,
     ):
         super().__init__(name)
+        kind = type(self).__name__
         self.outputs, self.groups, self.bias = outputs, groups, bias
         self.size, self.stride, self.dilation = (
-            pair(v, f"Conv2d: {what}") for v, what in ((size, "size"), (stride, "stride"), (dilation, "dilation"))
+            pair(v, f"{kind}: {what}") for v, what in ((size, "size"), (stride, "stride"), (dilation, "dilation"))
         )
         if padding == "same":
             if any(d * (k - 1) % 2 for d, k in zip(self.dilation, self.size, strict=True)):
-                raise GpunetError(f"Conv2d: padding 'same' needs an odd size, got {self.size}")
+                raise GpunetError(f"{kind}: padding 'same' needs an odd size, got {self.size}")
             padding = tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.size, strict=True))
-        self.padding = pair(padding, "Conv2d: padding")
+        self.padding = pair(padding, f"{kind}: padding")
         if min(outputs, groups, *self.size, *self.stride, *self.dilation) < 1 or outputs % groups:
             raise GpunetError(
-                f"Conv2d: expected outputs, size, stride, dilation, groups of at least 1, outputs that groups divide, "
+                f"{kind}: expected outputs, size, stride, dilation, groups of at least 1, outputs that groups divide, "
                 f"got {outputs}, {self.size}, {self.stride}, {self.dilation}, {groups}"
             )
         self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
@@ -117,12 +118,16 @@ class Conv2d(Layer):
         expected = self.parameters["weight"].shape[2] * self.groups
         if c != expected:
             raise LayerError(f"expected {expected} input channels, as at its first call, got x of shape {shape}")
+        return (*self._windows(h, w), self.outputs)
+
+    def _windows(self, h, w):
+        """Return (oh, ow), how many windows fit an image of h x w, or raise LayerError."""
         out = []
         for n, k, s, p, d in zip((h, w), self.size, self.stride, self.padding, self.dilation, strict=True):
             if n + 2 * p < d * (k - 1) + 1:
                 raise LayerError(f"expected an input of at least {d * (k - 1) + 1 - 2 * p} pixels, got {n}")
             out.append((n + 2 * p - d * (k - 1) - 1) // s + 1)
-        return (*out, self.outputs)
+        return out
 
     def geometry(self, n, shape):
         """Return the sizes for n images of a shape."""

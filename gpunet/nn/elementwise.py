@@ -1,7 +1,8 @@
-"""Layers that join or reshape: Add, Concat, Flatten."""
+"""Layers that join, scale or reshape: Add, Concat, Scale, Flatten."""
 
 import math
 
+from gpunet.errors import GpunetError
 from gpunet.nn.graph import Layer, LayerError
 
 
@@ -55,6 +56,30 @@ class Concat(Layer):
             dxs.append(dx)
             offset += c
         return tuple(dxs)
+
+
+class Scale(Layer):
+    """factor * x, for a fixed factor."""
+
+    def __init__(self, factor, name=None):
+        if not 0 < abs(factor) < math.inf:
+            raise GpunetError(f"Scale: factor: expected a finite number other than 0, got {factor}")
+        super().__init__(name)
+        self.factor = factor
+
+    def setup(self, shape):
+        """The input's shape."""
+        return shape
+
+    def forward(self, t, x):
+        """Trace the product."""
+        y = t.over(x)
+        t.launch("scale_forward", x, y, self.factor, x.size)
+        return y, None
+
+    def backward(self, t, dy, saved):
+        """Trace factor * dy."""
+        return self.forward(t, dy)[0]
 
 
 class Flatten(Layer):

@@ -99,6 +99,12 @@ def _add_forward(rng, size, real, wide):
     return {"a": random(rng, n, real), "b": random(rng, n, real), "y": blank(n, real), "n": n}
 
 
+@case("scale_forward")
+def _scale_forward(rng, size, real, wide):
+    n = COUNTS[size]
+    return {"x": random(rng, n, real), "y": blank(n, real), "factor": [1 / 9, -3.0, 1.0][size % 3], "n": n}
+
+
 @case("concat_forward")
 def _concat_forward(rng, size, real, wide):
     rows, c = MATRICES[size]
@@ -194,6 +200,44 @@ def _unfold(rng, size, real, wide):
 def _fold(rng, size, real, wide):
     g = _convolution(size)
     return {"columns": random(rng, _columns_shape(g), real), "x": blank(_image_shape(g), real), **g}
+
+
+# depthwise
+
+MULTIPLIERS = [1, 1, 2, 1, 3, 1, 2, 4]
+
+
+def _depthwise(size):
+    g = _convolution(size)
+    return {name: value for name, value in g.items() if name != "groups"} | {"multiplier": MULTIPLIERS[size]}
+
+
+def _depthwise_shapes(g):
+    """Return the shapes of x, y and the weight."""
+    outputs = g["c"] * g["multiplier"]
+    return _image_shape(g), (g["n"], g["oh"], g["ow"], outputs), (g["kh"], g["kw"], outputs)
+
+
+@case("depthwise_forward")
+def _depthwise_forward(rng, size, real, wide):
+    g = _depthwise(size)
+    x, y, weight = _depthwise_shapes(g)
+    return {"x": random(rng, x, real), "weight": random(rng, weight, wide), "y": blank(y, real), **g}
+
+
+@case("depthwise_backward")
+def _depthwise_backward(rng, size, real, wide):
+    g = _depthwise(size)
+    x, y, weight = _depthwise_shapes(g)
+    return {"dy": random(rng, y, real), "weight": random(rng, weight, wide), "dx": blank(x, real), **g}
+
+
+@case("depthwise_weight")
+def _depthwise_weight(rng, size, real, wide):
+    g, parts = _depthwise(size), PARTS[size]
+    x, y, weight = _depthwise_shapes(g)
+    arrays = {"x": random(rng, x, real), "dy": random(rng, y, real), "sums": blank((parts, *weight), wide)}
+    return {**arrays, **g, "parts": parts}
 
 
 POOLINGS = [  # n, h, w, c, kh, kw, strides, pads, whether oh and ow round up, include_pad
@@ -856,6 +900,53 @@ def _mean_squared_error(rng, size, real, wide):
         "losses": blank(n, wide),
         "hits": blank(n, np.int32),
         "state": state(loss_scale=[1, 8][size % 2]),
+        "n": n,
+        "k": k,
+    }
+
+
+@case("sigmoid_cross_entropy")
+def _sigmoid_cross_entropy(rng, size, real, wide):
+    n, k = TABLES[size]
+    targets = np.eye(k)[rng.integers(0, k, n)]
+    if size % 3 == 1:
+        targets = rng.integers(0, 2, (n, k)) * 1.0  # several at once, or none
+    if size % 3 == 2:
+        targets = rng.uniform(0, 1, (n, k))
+    targets[_padding(size, n)] = np.nan
+    positive, negative, gamma = [(1 / k, 1 / k, 0.0), (0.25, 0.75, 2.0), (0.5, 0.5, 0.5)][size % 3]
+    return {
+        "logits": random(rng, (n, k), real, [1, 3, 20][size % 3]),
+        "targets": targets.astype(real),
+        "dlogits": blank((n, k), real),
+        "losses": blank(n, wide),
+        "hits": blank(n, np.int32),
+        "state": state(loss_scale=[1, 8][size % 2]),
+        "positive": positive,
+        "negative": negative,
+        "gamma": gamma,
+        "n": n,
+        "k": k,
+    }
+
+
+@case("multiclass_hinge")
+def _multiclass_hinge(rng, size, real, wide):
+    n, k = TABLES[size]
+    targets = np.eye(k)[rng.integers(0, k, n)]
+    if size % 3 == 2:
+        targets = rng.uniform(0, 2 / k, (n, k))
+    targets[_padding(size, n)] = [0, np.nan][size % 2]
+    return {
+        "scores": random(rng, (n, k), real, [1, 3][size % 2]),
+        "targets": targets.astype(real),
+        "dscores": blank((n, k), real),
+        "losses": blank(n, wide),
+        "hits": blank(n, np.int32),
+        "state": state(loss_scale=[1, 0.125][size % 2]),
+        "margin": [1.0, 0.5, 0.1][size % 3],
+        "squared": size // 2 % 2,
+        "single": size // 4,
         "n": n,
         "k": k,
     }

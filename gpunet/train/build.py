@@ -9,7 +9,6 @@ from gpunet.core.source import Source
 from gpunet.core.step import Step
 from gpunet.data import cifar, folder, shapes
 from gpunet.errors import GpunetError
-from gpunet.nn import LOSSES
 from gpunet.optim import OPTIMIZERS
 from gpunet.train import start, watch
 
@@ -103,7 +102,7 @@ def build_source(config, name, dataset, mean, scale):
         flip=augment.flip,
         pad=augment.crop,
         reflect=augment.reflect,
-        smoothing=config.loss.smoothing,
+        smoothing=config.smoothing,
         classes=len(dataset.classes) or None,
         shuffle=config.train.shuffle and name == "train",
         window=config.train.window,
@@ -127,7 +126,7 @@ def build_step(config, graph, source=None, backend=None):
         start.freeze_weights(graph, config.start.freeze, config.start.freeze_statistics)
     return Step(
         graph,
-        LOSSES[config.loss.name](),
+        config.loss_function(),
         optimizer,
         batch=train.batch,
         dtype=train.dtype,

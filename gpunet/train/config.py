@@ -13,12 +13,13 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from gpunet import caffe, resources
 from gpunet.data import LOADERS
 from gpunet.errors import GpunetError
 from gpunet.models import MODELS
+from gpunet.nn import LOSSES
 from gpunet.optim.schedules import SCHEDULES
 
 Count = Annotated[int, Field(ge=1)]
@@ -65,13 +66,6 @@ class Augment(Section):
     reflect: bool = False
     mean: Literal["channel", "image"] | float | list[float] = "channel"
     scale: Literal["channel"] | float | list[float] = "channel"
-
-
-class Loss(Section):
-    """The loss, and how much of a target is spread over all classes."""
-
-    name: Literal["cross_entropy", "mse"] = "cross_entropy"
-    smoothing: Share = 0.0
 
 
 class Optimizer(Section):
@@ -144,19 +138,27 @@ class Run(Section):
     keep: Count = 2
 
 
-def _schedule(function):
-    """Return the section for one schedule: its keyword-only parameters, with their annotations and defaults."""
-    keywords = {
+def _section(name, function, **keywords):
+    """Return the section for a schedule or loss: its keyword-only parameters, with their annotations and defaults."""
+    keywords |= {
         p.name: (p.annotation, ... if p.default is p.empty else p.default)
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY
     }
-    name = function.__name__
     return create_model(name, __base__=Section, name=(Literal[name], name), **keywords)
 
 
-_SCHEDULES = {name: _schedule(f) for name, f in SCHEDULES.items()}
+_SCHEDULES = {name: _section(name, f) for name, f in SCHEDULES.items()}
 Schedule = Annotated[reduce(or_, _SCHEDULES.values()), Field(discriminator="name")]
+# [loss]: without a name it is cross entropy
+_SMOOTHING = {"smoothing": (Share, 0.0)}  # how much of a target is spread over all classes
+_LOSSES = {name: _section(name, kind, **_SMOOTHING if kind.soft else {}) for name, kind in LOSSES.items()}
+Loss = Annotated[
+    reduce(or_, _LOSSES.values()),
+    Field(discriminator="name"),
+    BeforeValidator(lambda given: {"name": "cross_entropy"} | given if isinstance(given, dict) else given),
+]
+_KINDS = {"schedule": _SCHEDULES, "loss": _LOSSES}  # sections whose keys depend on `name`
 
 
 class Config(Section):
@@ -165,7 +167,7 @@ class Config(Section):
     model: Named
     data: Data
     augment: Augment = Augment()
-    loss: Loss = Loss()
+    loss: Loss = _LOSSES["cross_entropy"]()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = _SCHEDULES["const"]()
     train: Train = Train()
@@ -177,6 +179,15 @@ class Config(Section):
         """The schedule as a function of (updates, updates an epoch): the table of rates."""
         settings = self.schedule.model_dump(exclude={"name"})
         return lambda steps, per_epoch: SCHEDULES[self.schedule.name](steps, per_epoch, self.optimizer.lr, **settings)
+
+    @property
+    def smoothing(self):
+        """How much of a target is spread over all classes; 0 for a loss that has no use for it."""
+        return getattr(self.loss, "smoothing", 0.0)
+
+    def loss_function(self):
+        """Return the loss of [loss]."""
+        return LOSSES[self.loss.name](**self.loss.model_dump(exclude={"name", "smoothing"}))
 
 
 def load_config(name_or_path, overrides=()):
@@ -286,8 +297,8 @@ def _explain(errors, table, place, origin):
     faults = {}
     for error in errors:
         section, *rest = error["loc"]
-        if section == "schedule" and rest:
-            rest = rest[1:]  # the kind of schedule
+        if section in _KINDS and rest:
+            rest = rest[1:]  # the kind
         if error["type"].startswith("union_tag"):
             rest = ["name"]
         faults.setdefault((section, rest[0] if rest else None), []).append(error)
@@ -300,8 +311,8 @@ def _explain(errors, table, place, origin):
     if kind == "extra_forbidden":
         if key is None:
             known = Config.model_fields
-        elif section == "schedule":
-            known = _SCHEDULES[table[section]["name"]].model_fields
+        elif section in _KINDS:
+            known = _KINDS[section][table[section].get("name", "cross_entropy")].model_fields
         else:
             known = Config.model_fields[section].annotation.model_fields
         return f"{place}: {_unknown(section, key, known)}{more}"

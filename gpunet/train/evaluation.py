@@ -1,7 +1,8 @@
 """What a network's outputs on a split come to: accuracy, likelihood, calibration, mistakes. Knows no network.
 
 All of it is computed in float64 from the outputs, once. Where the loss is cross entropy, outputs are logits and
-p = softmax(outputs); else they are no probabilities, and what needs probabilities is None.
+p = softmax(outputs); where it is binary cross entropy or focal, p = sigmoid(outputs), a class at a time; else they are
+no probabilities, and what needs probabilities is None.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,7 +10,10 @@ from statistics import NormalDist
 
 import numpy as np
 
+from gpunet.backends.numpy import loss as definitions
+from gpunet.core.state import new_state
 from gpunet.errors import GpunetError
+from gpunet.nn import LOSSES, MeanSquaredError
 
 BINS = 15  # of confidence, as Guo et al. 2017 have them
 TOP = 5
@@ -44,8 +48,9 @@ class Evaluation:
 
     With labels: accuracy, the share of images whose largest output is the true class (of equal ones the first counts);
     interval, its 95 % Wilson interval; top5, None up to 5 classes; confusion[i, j], images of class i taken for j;
-    mistakes, the most confident first. With labels and cross entropy: nll = mean of -log p[true];
-    brier = mean of sum over k of (p[k] - [k is true])^2, 0 to 2 (Brier 1950); bins and ece (see `calibration`).
+    mistakes, the most confident first. With labels and probabilities:
+    brier = mean of sum over k of (p[k] - [k is true])^2, 0 to 2 where p sums to 1 (Brier 1950); bins and ece (see
+    `calibration`); with those of cross entropy nll = mean of -log p[true].
     With values: rmse over all of them, and r2 = 1 - squared error / variance around the mean of each, for mse.
     """
 
@@ -75,10 +80,11 @@ class Evaluation:
             rows.append(("top-5 accuracy", f"{self.top5:.2%}"))
         if self.nll is not None:
             rows.append(("negative log-likelihood", f"{self.nll:.4f}"))
-            rows.append(("Brier score", f"{self.brier:.4f} (0 to 2)"))
-            rows.append(("calibration error", f"{self.ece:.2%} (ECE, {BINS} equal bins of confidence)"))
         else:
             rows.append(("loss", f"{self.loss:.4g}"))
+        if self.brier is not None:
+            rows.append(("Brier score", f"{self.brier:.4f}" + " (0 to 2)" * (self.nll is not None)))
+            rows.append(("calibration error", f"{self.ece:.2%} (ECE, {BINS} equal bins of confidence)"))
         if self.rmse is not None:
             rows.append(("root mean square error", f"{self.rmse:.4g}"))
             rows.append(("R2", "the values do not vary" if self.r2 is None else f"{self.r2:.4f}"))
@@ -100,11 +106,11 @@ class Evaluation:
 
 
 def evaluate(outputs, split, loss, place):
-    """Return the Evaluation of outputs (n, k) for the images of a Split; `loss` is "cross_entropy" or "mse".
+    """Return the Evaluation of outputs (n, k) for the images of a Split; `loss` is the training's, or its name.
 
     Raises GpunetError, which names `place`, where an output is not finite.
     """
-    outputs = np.asarray(outputs, np.float64)
+    outputs, loss = np.asarray(outputs, np.float64), LOSSES[loss]() if isinstance(loss, str) else loss
     bad = np.flatnonzero(~np.isfinite(outputs).all(axis=1))
     if len(bad):
         raise GpunetError(
@@ -126,27 +132,41 @@ def evaluate(outputs, split, loss, place):
         "top5": float((ranks(outputs, labels) < TOP).mean()) if classes > TOP else None,
     }
     targets = np.eye(classes)[labels]
-    if loss == "cross_entropy":
-        logs = log_softmax(outputs)
-        likely = np.exp(logs)
-        found["loss"] = found["nll"] = float(0 - logs[every, labels].mean())
+    likely = probabilities(outputs, loss.link)
+    if loss.link == "softmax":
+        found["loss"] = found["nll"] = float(0 - log_softmax(outputs)[every, labels].mean())
+    else:
+        found["loss"] = float(_measured(loss, outputs, targets)[0].mean())
+    if loss.link:
         found["brier"] = float(np.square(likely - targets).sum(axis=1).mean())
         found["ece"], found["bins"] = calibration(likely[every, answers], right)
-    else:
-        likely = outputs
-        found["loss"] = float(np.square(outputs - targets).mean())
     return Evaluation(**found, mistakes=_mistakes(likely, labels, answers))
 
 
 def _of_values(outputs, values, loss):
-    """Return the Evaluation where an image has values: shares of the classes for cross entropy, any for mse."""
-    count, width = values.shape
-    accuracy = float((outputs.argmax(axis=1) == values.argmax(axis=1)).mean()) if width > 1 else 0.0
-    if loss == "cross_entropy":
-        return Evaluation(float(-(values * log_softmax(outputs)).sum(axis=1).mean()), accuracy, count)
+    """Return the Evaluation where an image has values: any for mse, else shares of the classes."""
+    losses, hits = _measured(loss, outputs, values)
+    accuracy, count = float((hits == 1).mean()), len(values)
+    if not isinstance(loss, MeanSquaredError):
+        return Evaluation(float(losses.mean()), accuracy, count)
     error = float(np.square(outputs - values).mean())
     variance = float(np.square(values - values.mean(axis=0)).mean())
     return Evaluation(error, accuracy, count, rmse=error**0.5, r2=1 - error / variance if variance else None)
+
+
+def _measured(loss, outputs, targets):
+    """Return (losses, hits) a row by the definition of the loss's kernel."""
+    (n, k), losses, hits = outputs.shape, np.empty(len(outputs)), np.empty(len(outputs), np.int32)
+    kernel = getattr(definitions, loss.op)
+    kernel(outputs, targets, np.empty_like(outputs), losses, hits, new_state(), *loss.scalars(k), n, k)
+    return losses, hits
+
+
+def probabilities(outputs, link):
+    """Return softmax or sigmoid of outputs (n, k) as `link` says; the outputs themselves for None."""
+    if link == "softmax":
+        return np.exp(log_softmax(outputs))
+    return np.exp(-np.logaddexp(0, -outputs)) if link == "sigmoid" else outputs
 
 
 def _mistakes(likely, labels, answers):

@@ -5,13 +5,14 @@ import tomllib
 import numpy as np
 
 from gpunet.errors import GpunetError
+from gpunet.nn import LOSSES
 from gpunet.train.build import build_graph, build_step, pick_split
 from gpunet.train.config import parse_config
-from gpunet.train.evaluation import evaluate, log_softmax
+from gpunet.train.evaluation import evaluate, probabilities
 
 
 class Predictor:
-    """Step, normalisation and class names together; x = (pixel - mean) * scale."""
+    """Step, normalisation and class names together; x = (pixel - mean) * scale. loss: the name of the training's."""
 
     def __init__(self, step, mean, scale, classes, loss):
         self.step, self.mean, self.scale, self.classes, self.loss = step, mean, scale, tuple(classes), loss
@@ -33,9 +34,16 @@ class Predictor:
         return np.concatenate([self.step.predict((p - self.mean) * self.scale) for p in pieces])
 
     def predict(self, images):
-        """Return probabilities (n, classes) for raw images; the output itself where the loss is no cross entropy."""
-        outputs = self.outputs(images)
-        return np.exp(log_softmax(outputs)) if self.loss == "cross_entropy" else outputs
+        """Return probabilities (n, classes) for raw images; the output itself where the loss has none (mse, hinge).
+
+        Those of cross_entropy sum to 1; those of bce and focal are of classes that do not exclude each other.
+        """
+        return probabilities(self.outputs(images), self.link)
+
+    @property
+    def link(self):
+        """What makes probabilities of the outputs: "softmax", "sigmoid", or None where there are none."""
+        return LOSSES[self.loss].link
 
     def evaluate(self, dataset, name="test"):
         """Return the Evaluation on a split of a DataSet, without augmentation or label smoothing."""
@@ -43,4 +51,4 @@ class Predictor:
         if dataset.classes != self.classes:
             mine, other = (", ".join(names[:5]) or "values" for names in (self.classes, dataset.classes))
             raise GpunetError(f"{dataset.name}: expected the classes of the training ({mine} ...), got {other} ...")
-        return evaluate(self.outputs(split.images), split, self.loss, f"{dataset.name}: {name}")
+        return evaluate(self.outputs(split.images), split, self.step.loss or self.loss, f"{dataset.name}: {name}")

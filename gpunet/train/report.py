@@ -70,7 +70,7 @@ def write_report(result):
     """Write curves.png, report.md and the pictures of evaluation-test into the run directory."""
     path = result.run.path
     if result.updates:
-        smoothing = result.config.loss.smoothing
+        smoothing = result.config.smoothing
         notes = [result.data.note, f"training loss against labels smoothed by {smoothing:g}" if smoothing else ""]
         plot_curves(path / "curves.png", _title(result), "; ".join(n for n in notes if n), result.rows)
     pictures = write_pictures(path / "evaluation-test", result.config, result.data, "test", result.test)
@@ -109,7 +109,7 @@ def write_pictures(folder, config, dataset, name, found):
 
 def _write_mistakes(path, found, images, classes):
     """Write the pictures of the mistakes, each with its true class, the answer, and p or the output of both."""
-    measure = "output" if found.nll is None else "p"
+    measure = "output" if found.brier is None else "p"
     captions = []
     for m in found.mistakes:
         certainty = f"{measure} {m.confidence:.3f}, of true {m.probability:.3f}"

@@ -40,11 +40,11 @@ def batch_crop_flip(
 
 
 def batch_targets(labels, order, state, targets, smoothing, batch, batches, first, places, set, n, k):
-    """targets[i, j] = (label == j) * (1 - smoothing) + smoothing / k; zero rows past places."""
+    """targets[i, j] = (label == j) * (1 - smoothing) + smoothing / k; NaN rows past places."""
     start, m = place(state, batch, batches, first, places, n)
     mine = labels.reshape(set)[order.reshape(places)[start : start + m]]
     targets = targets.reshape(n, k)
-    targets[:m], targets[m:] = (mine[:, None] == np.arange(k)) * (1 - smoothing) + smoothing / k, 0
+    targets[:m], targets[m:] = (mine[:, None] == np.arange(k)) * (1 - smoothing) + smoothing / k, np.nan
 
 
 def batch_values(values, order, state, targets, batch, batches, first, places, set, n, k):

@@ -1,4 +1,4 @@
-"""Definitions of kernels/elementwise.cu: sums, joining channels, bias, casts."""
+"""Definitions of kernels/elementwise.cu: sums, scaling, joining channels, bias, casts."""
 
 import numpy as np
 
@@ -8,6 +8,11 @@ from gpunet.backends.numpy.values import put, wide
 def add_forward(a, b, y, n):
     """y = a + b; y may be a or b."""
     y.reshape(n)[:] = wide(a.reshape(n)) + wide(b.reshape(n))
+
+
+def scale_forward(x, y, factor, n):
+    """y = factor * x; y may be x."""
+    y.reshape(n)[:] = wide(x.reshape(n)) * wide(x).dtype.type(factor)
 
 
 def concat_forward(x, y, rows, c, width, offset):
