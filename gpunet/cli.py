@@ -24,6 +24,14 @@ Backend = Annotated[
     str | None,
     typer.Option("--backend", metavar="auto|numpy|cuda|emulator", help="What computes, in place of the recipe's."),
 ]
+Seen = Annotated[
+    str | None,
+    typer.Option(
+        "--views",
+        metavar="VIEWS",
+        help="Average over views of each image: flip, shift[:PIXELS], ten-crop[:SIZE,SIZE...], or flip+shift.",
+    ),
+]
 Which = Annotated[str | None, typer.Option("--checkpoint", metavar="best|last", help="The best if there is one.")]
 
 
@@ -80,6 +88,7 @@ def train(
 def evaluate(
     run: RunPath,
     split: Annotated[str, typer.Option("--split", metavar="train|validation|test")] = "test",
+    views: Seen = None,
     checkpoint: Which = None,
     data: Folder = None,
     backend: Backend = None,
@@ -106,9 +115,13 @@ def evaluate(
     dataset = build_data(config)
     if dataset.note:
         print(f"note: {dataset.note}", file=sys.stderr)
-    found = predictor.evaluate(dataset, split)
+    found = predictor.evaluate(dataset, split, views)
     first, *others = found.lines()
     print(f"{split} of {dataset.name}: {' '.join(first)}, {found.count:,} images")
+    plain = None if views is None else predictor.evaluate(dataset, split)
+    if plain is not None:
+        average = "probabilities" if predictor.loss == "cross_entropy" else "outputs"
+        print(f"views {views}, their {average} averaged; without views: {' '.join(plain.lines()[0])}")
     if others:
         print(columns(others, 2))
     if found.confusion is not None:
@@ -116,9 +129,10 @@ def evaluate(
     if numbers is not None:
         about = {"run": opened.path.name, "checkpoint": kept.place, "epoch": kept.about["epoch"]}
         about |= {"set": dataset.name, "note": dataset.note, "split": split, **found.numbers(predictor.classes)}
+        about |= {"views": views, "plain": plain and {"loss": plain.loss, "accuracy": plain.accuracy}}
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
         write_whole(Path(numbers), f"{{\n{lines}\n}}\n".encode())
-    folder = Path(out) if out is not None else opened.path / f"evaluation-{split}"
+    folder = Path(out) if out is not None else opened.path / f"evaluation-{split}{'-views' * bool(views)}"
     for name in write_pictures(folder, config, dataset, split, found):
         print(folder / f"{name}.png")
 
@@ -127,6 +141,7 @@ def evaluate(
 def predict(
     run: RunPath,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    views: Seen = None,
     checkpoint: Which = None,
     backend: Backend = None,
     ops: Ops = None,
@@ -141,7 +156,7 @@ def predict(
     height, width, channels = predictor.step.graph.input_shape
     pixels = np.stack([prepare_image(path, (height, width), channels) for path in images])
     print(f"each picture scaled to cover {height} x {width} pixels, and its middle taken", file=sys.stderr)
-    for path, row in zip(images, predictor.predict(pixels), strict=True):
+    for path, row in zip(images, predictor.predict(pixels, views), strict=True):
         best = row.argsort()[::-1][:3]
         form = ".1%" if predictor.link else ".3g"
         print(f"{path}: " + ", ".join(f"{predictor.classes[i]} {row[i]:{form}}" for i in best))
@@ -281,23 +296,39 @@ def profile(
     print(folder / "trace.json")
 
 
+@app.command(name="lr-range")
+def lr_range(
+    config: Recipe,
+    overrides: Overrides = None,
+    data: Folder = None,
+    backend: Backend = None,
+    low: Annotated[float, typer.Option("--from", metavar="RATE", help="The rate of the first update.")] = 1e-5,
+    high: Annotated[float, typer.Option("--to", metavar="RATE", help="The rate of the last update.")] = 10.0,
+    updates: Annotated[int, typer.Option("--updates", metavar="N", help="Updates, if the loss holds so long.")] = 200,
+    linear: Annotated[bool, typer.Option("--linear", help="Let the rate grow by equal steps, not factors.")] = False,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where lr-range.png and .json go.")] = "lr-range",
+    ops: Ops = None,
+):
+    """Find a learning rate: train with a growing one until the loss explodes, draw the losses, say what to set."""
+    from gpunet.train.lr_range import range_test
+
+    found = range_test(_load(config, overrides, data, backend), low, high, updates, linear=linear, show=True)
+    print(found)
+    for path in found.save(out):
+        print(path)
+
+
 @app.command(name="list")
-def list_known(what: Annotated[str, typer.Argument(metavar="models|configs")]):
-    """List the networks or the recipes that come with gpunet."""
-    from gpunet.train.text import columns
+def list_known(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="optimizers|schedules|layers|losses|augmentations|models|inits|configs"),
+    ],
+):
+    """List what gpunet has of a kind: names, arguments with their defaults, what each is, and where it is from."""
+    from gpunet.listing import listing
 
-    if what == "models":
-        from gpunet.models import MODELS
-
-        rows = [(name, (build.__doc__ or "").split("\n")[0]) for name, build in MODELS.items()]
-    elif what == "configs":
-        from gpunet import resources
-
-        files = sorted(resources.configs().glob("*.toml"))
-        rows = [(file.stem, file.read_text(encoding="utf-8").split("\n")[0].lstrip("# ")) for file in files]
-    else:
-        raise GpunetError(f"list: expected models or configs, got '{what}'")
-    print(columns(rows, 2))
+    print(listing(what))
 
 
 @app.command()

@@ -10,6 +10,7 @@
 
 #define AUGMENT_SITE 0x61756721u
 #define ORDER_SITE 0x6f726465u
+#define SAMPLE_SITE 0x73616d70u
 
 struct Draw {
     word at[4];

@@ -74,7 +74,8 @@ def left(run):
         loaded = Checkpoint.load(run / f"{file}.safetensors")
         tensors = loaded._tensors()
         found[file] = {name: (a.dtype, a.shape, a.tobytes()) for name, a in tensors.items()}
-        progress = {k: v for k, v in loaded.about["progress"].items() if k not in ("spent", "seconds", "elapsed")}
+        own = ("spent", "seconds", "elapsed", "resumed")
+        progress = {k: v for k, v in loaded.about["progress"].items() if k not in own}
         progress["totals"] = [round(x, 6) for x in progress["totals"]]  # summed look by look
         found[f"{file} about"] = loaded.state, progress, loaded.about["best"], loaded.about["epoch"]
     return found

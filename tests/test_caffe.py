@@ -189,7 +189,7 @@ def test_each_published_solver_and_all_of_them_together(name):
     for section in ("augment", "optimizer", "loss"):
         assert getattr(together, section) == getattr(shipped, section)
     assert (together.data.name, together.data.validation) == (shipped.data.name, shipped.data.validation)
-    assert (together.train.batch, together.train.shuffle, together.train.monitor_test) == (100, False, True)
+    assert (together.train.batch, together.train.order, together.train.monitor_test) == (100, "stored", True)
     assert together.train.evaluate_every == {"quick": 1, "full": 2}[name]
     assert together.run.name == f"cifar10_{name}"
 
@@ -692,7 +692,7 @@ def test_lengths_names_and_what_only_concerns_caffe(folder):
     )
     tables = solver(folder, text)
     assert tables["train"] == {
-        "steps": 7, "batch": 20, "seed": 5, "shuffle": False, "monitor_test": True, "evaluate_every": 2,
+        "steps": 7, "batch": 20, "seed": 5, "order": "stored", "monitor_test": True, "evaluate_every": 2,
     }  # fmt: skip
     assert tables["run"] == {"name": "na_me", "checkpoint_steps": 3}
     assert any("6250 updates are 2.5 epochs" in note for note in caffe.read("s.prototxt").notes)

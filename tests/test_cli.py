@@ -106,7 +106,7 @@ def test_predict_gives_what_evaluate_counts(gpunet, trained):
         (["summary", "nothing.toml"], "got 'nothing.toml'"),
         (["summary", "small.toml", "--memory", "much"], "--memory much: expected a size such as 8G"),
         (["evaluate", "nothing"], "run 'nothing': expected a directory with a config.toml"),
-        (["list", "nothing"], "list: expected models or configs, got 'nothing'"),
+        (["list", "nothing"], "list: expected one of optimizers, schedules, "),
         (["data", "check", "nothing"], "expected a folder, found nothing"),
         (["data", "fetch", "cifer10"], "got 'cifer10'"),
         (["data", "show", "small.toml", "--out", "no/where.png"], "--out no/where.png: cannot be written"),

@@ -41,7 +41,7 @@ def write(folder, **sections):
         ({"train": {"epochs": True}}, "'epochs' in [train]: expected a whole number, got true"),
         ({"train": {"batch": "128"}}, "'batch' in [train]: expected a whole number, got \"128\""),
         ({"train": {"epochs": 0, "batch": 0}}, "got 0 (and 1 more)"),
-        ({"schedule": {"name": "stepp"}}, "'name' in [schedule]: expected 'const', 'step', 'multistep', 'cosine'"),
+        ({"schedule": {"name": "stepp"}}, "'name' in [schedule]: expected 'const', 'step', 'multistep', 'exp'"),
         ({"schedule": {"size": 3}}, "'name' in [schedule] is missing"),
         ({"schedule": {"name": "step"}}, "'size' in [schedule] is missing"),
         (
@@ -111,14 +111,14 @@ def test_overrides_are_toml_or_text(tmp_path):
         "optimizer.lr=1e-3",
         "model.hidden=[3, 4]",
         "run.name=first try",
-        "train.shuffle=false",
+        "train.order=stored",
         "train.seed=7",
     ]
     config = load_config(write(tmp_path), overrides)
     assert config.optimizer.lr == 1e-3
     assert config.model.model_extra == {"hidden": [3, 4]}
     assert config.run.name == "first try"
-    assert config.train.shuffle is False
+    assert config.train.order == "stored"
     assert config.train.seed == 7
 
 
@@ -195,4 +195,4 @@ def test_caffes_recipe_has_caffes_settings():
     assert (rates[0], rates[3999], rates[4000]) == (0.001, 0.001, pytest.approx(1e-4))
     assert (config.optimizer.momentum, config.optimizer.weight_decay, config.optimizer.form) == (0.9, 0.004, "caffe")
     assert (config.augment.mean, config.augment.scale, config.augment.crop) == ("image", 1, 0)
-    assert config.train.shuffle is False and not config.augment.flip
+    assert config.train.order == "stored" and not config.augment.flip

@@ -134,7 +134,7 @@ def test_golden_loss(name, size, golden):
     split = Split(x.astype(np.float32), LABELS.astype(np.int32))
     for dtype, fast, replicas in VARIANTS:
         where = f"{name} {size} {dtype} fast={fast} replicas={replicas}"
-        source = Source(split, smoothing=0.1, classes=7, shuffle=False) if name == "smoothed" else None
+        source = Source(split, smoothing=0.1, classes=7, order="stored") if name == "smoothed" else None
         options = {"dtype": dtype, "fast": fast, "replicas": replicas, "batch": 5, "source": source}
         with closing(step_of(graph, loss, **options)) as step:
             batch = {"labels": (x, LABELS), "smoothed": ()}.get(name, (x, dense_targets()))

@@ -437,10 +437,10 @@ def broken_images(n=90, bad=17):
     return data.DataSet("broken", ("a", "b"), data.Split(images, labels))
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_an_image_that_is_not_finite_has_a_number(shuffle, config):
+@pytest.mark.parametrize("order", ["shuffled", "stored"])
+def test_an_image_that_is_not_finite_has_a_number(order, config):
     made = config(
-        train={"epochs": 1, "batch": 20, "shuffle": shuffle, "accumulate": 2}, augment={"mean": 0.0, "scale": 1.0}
+        train={"epochs": 1, "batch": 20, "order": order, "accumulate": 2}, augment={"mean": 0.0, "scale": 1.0}
     )
     _, said = trained(made, broken_images())
     assert "first: batch: batch_crop_flip: x: 1 of 1,920 values are not finite (1 NaN)" in said
@@ -524,7 +524,7 @@ def test_a_halt_in_an_accumulated_update_looks_at_all_its_batches(config):
     """The second of three batches has the bad image."""
     images = broken_images(60, bad=25)
     made = config(
-        train={"epochs": 1, "batch": 10, "shuffle": False, "accumulate": 3, "replicas": 1},
+        train={"epochs": 1, "batch": 10, "order": "stored", "accumulate": 3, "replicas": 1},
         augment={"mean": 0.0, "scale": 1.0},
     )
     _, said = trained(made, images)

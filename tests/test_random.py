@@ -26,11 +26,11 @@ def words(seed, site, time, block):
     return philox4x64(((block + 1) & MASK, site, time, 0), (seed, 0))
 
 
-def feistel(index, seed, epoch, n):
+def feistel(index, seed, epoch, n, site=0x6F726465, block=0):
     half = 4
     while 4**half < n:
         half += 1
-    keys = words(seed, 0x6F726465, epoch, 0) + words(seed, 0x6F726465, epoch, 1)
+    keys = words(seed, site, epoch, block) + words(seed, site, epoch, block + 1)
     while True:
         left, right = index >> half, index & (2**half - 1)
         for key in keys:

@@ -118,7 +118,7 @@ def test_killed_again_and_again(config):
     "train",
     [
         {"dtype": "float16"},
-        {"dtype": "float64", "shuffle": False},
+        {"dtype": "float64", "order": "stored"},
         {"dtype": "bfloat16"},
         {"steps_per_launch": 2, "accumulate": 1},
         {"monitor_test": True},

@@ -142,7 +142,7 @@ def test_accumulated_micro_batches_equal_one_batch():
 
 def test_accumulating_over_a_source_blends_the_mean_of_batch_statistics():
     graph = network(BatchNorm(0.5, name="norm"), Linear(3))
-    with closing(step_of(graph, source=source(12, shuffle=False, flip=False, pad=0))) as step:
+    with closing(step_of(graph, source=source(12, order="stored", flip=False, pad=0))) as step:
         step(2)
         assert (step.state["update"], step.state["batch"], step.state["epoch"]) == (1, 2, 1)
         pixels = (split(12).images - 100.0) * 0.02
@@ -289,7 +289,7 @@ def test_evaluate_leaves_training_as_it_was():
 def test_targets_may_be_values():
     x, _ = batch_of()
     y = np.random.default_rng(2).normal(size=(6, 3))
-    values = Source(Split(x.astype(np.float32), values=y.astype(np.float32)), shuffle=False)
+    values = Source(Split(x.astype(np.float32), values=y.astype(np.float32)), order="stored")
     with closing(step_of(loss=MeanSquaredError(), source=values, dtype="float32")) as step:
         step.gradient()
         drawn = step.losses()

@@ -134,7 +134,7 @@ def test_without_validation_the_last_weights_are_kept_and_that_is_said(config, c
 
 def test_accumulated_batches_are_one_large_batch(config):
     """Five batches of 20 with their tail of 10 make the update of one batch of 90; so do 4 and 1."""
-    settings = {"epochs": 2, "dtype": "float64", "shuffle": False}
+    settings = {"epochs": 2, "dtype": "float64", "order": "stored"}
     large = Trainer(config(train=settings | {"batch": 90}), data=easy())
     small = Trainer(config(train=settings | {"batch": 20, "accumulate": 5}), data=easy())
     assert large.fit().updates == small.fit().updates == 2
@@ -293,7 +293,7 @@ def test_predictor_and_step_measure_the_same(loss, config):
 def test_confusion_has_true_classes_in_rows(config, monkeypatch):
     trained = Trainer(config(), data=easy())
     answers = np.eye(2)[[0, 1, 1, 1] * 5]  # of each four images, of classes 0 1 0 1, one 0 is taken for 1
-    monkeypatch.setattr(trained.predictor, "outputs", lambda images: answers)
+    monkeypatch.setattr(trained.predictor, "outputs", lambda images, views: answers)
     found = trained.evaluate("test")
     np.testing.assert_array_equal(found.confusion, [[5, 5], [0, 10]])
     assert found.accuracy == 0.75
@@ -301,13 +301,13 @@ def test_confusion_has_true_classes_in_rows(config, monkeypatch):
     assert rows[1:] == [("left", "10", "5", "50.0%", "right (5)"), ("right", "10", "10", "100.0%", "")]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_only_training_is_shuffled_and_augmented(shuffle, config):
-    sections = {"train": {"shuffle": shuffle}, "augment": {"flip": True, "crop": 2}, "loss": {"smoothing": 0.1}}
+@pytest.mark.parametrize("order", ["shuffled", "stored"])
+def test_only_training_is_shuffled_and_augmented(order, config):
+    sections = {"train": {"order": order}, "augment": {"flip": True, "crop": 2}, "loss": {"smoothing": 0.1}}
     trained = Trainer(config(**sections), data=easy())
-    assert trained.step.source.shuffle is shuffle
+    assert trained.step.source.order == order
     assert (trained.step.source.flip, trained.step.source.pad, trained.step.source.smoothing) == (True, 2, 0.1)
-    assert trained.watched["validation"].shuffle is False
+    assert trained.watched["validation"].order == "stored"
     plain = Trainer(config(), data=easy())
     plain.step.weights.update(trained.step.weights)
     measured = [t.step.evaluate(t.watched["validation"]) for t in (trained, plain)]

@@ -61,9 +61,9 @@ def test_the_progress_counts_what_there_will_be(config, steps, images, epochs, m
     given = []
 
     class Seen(trainer.Progress):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **options):
             given.append(arguments[:2])
-            super().__init__(*arguments)
+            super().__init__(*arguments, **options)
 
     monkeypatch.setattr(trainer, "Progress", Seen)
     new(config(train={"steps": steps})).fit()

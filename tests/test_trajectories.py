@@ -87,7 +87,7 @@ def trained(backend, calls, graph=None, dtype="float64", replicas=1, **arguments
         found = everything(step)
         pixels = IMAGES[:21, ..., :3]
         found |= {"prediction": step.predict(pixels), "prediction of floats": step.predict(pixels / 128.0 - 1)}
-        for other in (source("other", 37, shuffle=False), step.source):
+        for other in (source("other", 37, order="stored"), step.source):
             found |= {f"{other.name} {what}": value for what, value in step.evaluate(other).items()}
         step()  # measuring has changed nothing
         step.wait()
@@ -163,7 +163,7 @@ def test_a_gradient_that_is_not_finite_halts():
     images[7, 2, 3, 1] = np.nan
     left = []
     for backend in (NumPy(), Backend()):
-        with closing(step_of(backend, given=source(images=images, shuffle=False))) as step:
+        with closing(step_of(backend, given=source(images=images, order="stored"))) as step:
             state = step.state
             state["batch"] = 1
             step.state = state

@@ -8,6 +8,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 from layer_oracles import ORACLES as LAYERS
+from test_random import feistel, words
 
 from gpunet.backends.numpy import (
     augment,
@@ -445,6 +446,22 @@ def _(name, x, y, state, seed, site, threshold, scale, first, n):
 @oracle("order_draw")
 def _(name, order, state, seed, n):
     return {"order": random.permutation(seed, int(state["epoch"]), n)}  # which test_random holds to integers
+
+
+@oracle("order_replacement")
+def _(name, order, state, seed, n):
+    return {"order": [words(seed, 0x73616D70, int(state["epoch"]), i // 4)[i % 4] * n >> 64 for i in range(n)]}
+
+
+@oracle("order_balanced")
+def _(name, members, starts, order, state, seed, n, k):
+    epoch, found = int(state["epoch"]), []
+    for i in range(n):
+        turn, c = divmod(feistel(i, seed, epoch, n), k)
+        c = (c + epoch * (n % k)) % k
+        own = members[starts[c] : starts[c + 1]]
+        found.append(own[feistel(turn % len(own), seed, epoch, len(own), 0x73616D70, 2 * c)])
+    return {"order": found}
 
 
 @oracle("order_stored")

@@ -60,7 +60,7 @@ def trained(window, backend=None, steps=23, values=False, **arguments):
     with closing(step):
         for _ in range(steps):
             step(**arguments)
-        other = source(window, "other", values, shuffle=False)
+        other = source(window, "other", values, order="stored")
         seen = [step.evaluate(other), step.evaluate(step.source)]
         step.gradient()
         seen.append(step.losses())

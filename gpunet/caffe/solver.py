@@ -99,7 +99,7 @@ def read_stage(values, net: Net, name):
         train["accumulate"] = accumulate
     if (seed := values.get("random_seed", -1)) >= 0:
         train["seed"] = seed
-    train |= {"shuffle": net.shuffle, **_tests(values, net, accumulate, notes)}
+    train |= {"order": "shuffled" if net.shuffle else "stored", **_tests(values, net, accumulate, notes)}
     run = {"name": _run_name(values, name)}
     if values.get("snapshot", 0) > 0:
         run["checkpoint_steps"] = values.get("snapshot")

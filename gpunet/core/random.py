@@ -20,6 +20,7 @@ FORMAT = 1  # of the draws; a checkpoint stores it, and a change of any bit belo
 
 AUGMENT_SITE = 0x61756721  # "aug!"
 ORDER_SITE = 0x6F726465  # "orde"
+SAMPLE_SITE = 0x73616D70  # "samp"
 ROUNDS = 8  # of the Feistel network behind `permutation`
 LANES = 16  # 16-bit lanes in a block
 
@@ -100,10 +101,42 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     Cycle walking: a keyed Feistel network permutes 0 .. 4**half - 1, and an index is encrypted until it falls
     below n. No sort and no state, so a GPU thread finds its own entry.
     """
+    return _bijection(n, philox(seed, ORDER_SITE, epoch, 0, ROUNDS // 4))
+
+
+def replacement(seed: int, epoch: int, n: int) -> np.ndarray:
+    """int32 (n): independent draws from 0 .. n-1 for each (seed, epoch).
+
+    Place i draws word i % 4 of block i // 4 of the stream (SAMPLE_SITE, epoch): word * n >> 64, n below 2^31.
+    """
+    words = philox(seed, SAMPLE_SITE, epoch, 0, -(-n // 4))[:n]
+    high, low = words >> 32, words & 0xFFFFFFFF
+    return ((high * n + (low * n >> 32)) >> 32).astype(np.int32)
+
+
+def balanced(seed: int, epoch: int, members: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int32 (n): as many places for each class, give or take one, in an order for each (seed, epoch).
+
+    members: the images (n) by class, those of class c from starts[c] to starts[c + 1], of k classes. Place i gets slot
+    s = permutation[i]; that is turn s // k of class (s + epoch * (n % k)) % k, so that the classes with one more place
+    change from epoch to epoch. A class takes its images in turn, in an order of its own: a bijection keyed by
+    blocks 2c and 2c + 1 of the stream (SAMPLE_SITE, epoch).
+    """
+    n, k = len(members), len(starts) - 1
+    slots = np.empty(n, np.int32)
+    for c in range(k):
+        own = members[starts[c] : starts[c + 1]]
+        own = own[_bijection(len(own), philox(seed, SAMPLE_SITE, epoch, 2 * c, ROUNDS // 4))]
+        turns = slots[(c - epoch * (n % k)) % k :: k]
+        turns[:] = np.resize(own, len(turns))
+    return slots[permutation(seed, epoch, n)]
+
+
+def _bijection(n: int, keys: np.ndarray) -> np.ndarray:
+    """int32 (n): 0 .. n-1 by a Feistel network with these keys, each index encrypted until it falls below n."""
     half = 4
     while 4**half < n:
         half += 1
-    keys = philox(seed, ORDER_SITE, epoch, 0, ROUNDS // 4)
     order = _encrypt(np.arange(n, dtype=np.uint64), keys, half)
     while (outside := np.flatnonzero(order >= n)).size:
         order[outside] = _encrypt(order[outside], keys, half)

@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gpunet.core import random
 from gpunet.errors import GpunetError
+
+ORDERS = ("shuffled", "stored", "replacement", "balanced")
 
 
 @dataclass(eq=False)
@@ -15,6 +18,10 @@ class Source:
     flip. `mean` and `scale` have a value a channel or one a pixel and channel (a mean image). Labels become dense
     rows with label smoothing; with `values` in the split the targets are those. window: at most so many images lie on
     the device at a time, and the others are copied there while it computes (gpunet.core.window).
+
+    order: which images an epoch visits, as many as there are. "shuffled": each once; "stored": each once, as they lie;
+    "replacement": independent draws; "balanced": each class as often as the others, give or take one, and within a
+    class each image as often as the others, give or take one.
     """
 
     split: object
@@ -25,7 +32,7 @@ class Source:
     reflect: bool = False
     smoothing: float = 0.0
     classes: int | None = None
-    shuffle: bool = True
+    order: str = "shuffled"
     window: int | None = None
     name: str = field(default="train")
 
@@ -35,6 +42,13 @@ class Source:
             raise GpunetError(
                 f"source {self.name}: images: expected uint8 or float32 of shape (n, h, w, c), "
                 f"got {images.dtype} of shape {images.shape}"
+            )
+        if self.order not in ORDERS:
+            raise GpunetError(f"source {self.name}: order: expected one of {', '.join(ORDERS)}, got {self.order!r}")
+        if self.order == "balanced" and self.labels is None:
+            raise GpunetError(
+                f"source {self.name}: order: expected labels for 'balanced', got images with values; "
+                f"known for these: {', '.join(ORDERS[:-1])}"
             )
         if self.labels is not None and self.classes is None:
             self.classes = int(self.labels.max()) + 1
@@ -104,7 +118,11 @@ class Source:
         """Return {name: (shape, dtype, contents)} of what it keeps on the device; images and targets as they are."""
         images, targets, held = self.split.images, self.targets(wide), self.held(batch)
         whole = held == len(self)
-        return {
+        found = {}
+        if self.order == "balanced":
+            members, starts = self.members()
+            found = {name: (a.shape, np.int32, lambda a=a: a) for name, a in (("members", members), ("starts", starts))}
+        return found | {
             "images": ((held, *images.shape[1:]), images.dtype, (lambda: images) if whole else None),
             "targets": ((held, *targets.shape[1:]), targets.dtype, (lambda: targets) if whole else None),
             "order": ((len(self),), np.int32, None if whole else lambda: np.arange(len(self)) % held),
@@ -112,13 +130,32 @@ class Source:
             "scale": (self.scales.shape, wide, lambda: self.scales),
         }
 
+    def members(self):
+        """Return (images by class and as stored within, where each class that has any begins): int32 (n), (k + 1)."""
+        order = np.argsort(self.labels, kind="stable")
+        starts = np.flatnonzero(np.diff(self.labels[order], prepend=-1))
+        return order.astype(np.int32), np.append(starts, len(order)).astype(np.int32)
+
+    def images_of(self, seed, epoch):
+        """Return the images of an epoch, in order: what the launch of `trace_order` draws, on the host."""
+        n = len(self)
+        if self.order == "stored":
+            return np.arange(n, dtype=np.int32)
+        if self.order == "balanced":
+            return random.balanced(seed, epoch, *self.members())
+        return {"shuffled": random.permutation, "replacement": random.replacement}[self.order](seed, epoch, n)
+
     def trace_order(self, t, state):
         """Add the launch that draws the epoch's order, or the stored one."""
-        order = t.arena(f"{self.name}.order")
-        if self.shuffle:
-            t.launch("order_draw", order, t.arena(state), t.seed, len(self))
+        order, n = t.arena(f"{self.name}.order"), len(self)
+        if self.order == "stored":
+            t.launch("order_stored", order, n)
+        elif self.order == "balanced":
+            members, starts = t.arena(f"{self.name}.members"), t.arena(f"{self.name}.starts")
+            t.launch("order_balanced", members, starts, order, t.arena(state), t.seed, n, starts.size - 1)
         else:
-            t.launch("order_stored", order, len(self))
+            kernel = {"shuffled": "order_draw", "replacement": "order_replacement"}[self.order]
+            t.launch(kernel, order, t.arena(state), t.seed, n)
 
     def trace_batch(self, t, state, nominal, augment):
         """Add the launches that make this share of the batch; return (x, targets).

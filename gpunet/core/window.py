@@ -1,12 +1,11 @@
 """A set that is larger than the device: a window of two halves, one in use while the other is filled.
 
 Place p of an epoch always lies at p % window, so the traced program never changes; which image that is, is decided by
-what the host copies there. The host permutes by the same bits as `order_draw`.
+what the host copies there. The host draws by the same bits as kernels/order.cu.
 """
 
 import numpy as np
 
-from gpunet.core import random
 from gpunet.core.trace import Base, Tensor
 
 
@@ -20,7 +19,7 @@ class Window:
         self._ready = [None, None]  # the event of its copy
         self._current = None
         self._buffers = None
-        self._order = None, None  # an epoch, and its permutation
+        self._order = None, None  # an epoch, and its images in order
         _, wide = arenas[f"{source.name}.mean"]
         self._contents = source.split.images, source.targets(wide)
 
@@ -58,7 +57,7 @@ class Window:
         if self._ready[half] is not None:
             self.backend.finish(self._ready[half])  # the buffer may still be read
         start = chunk[1] * self.half
-        chosen = self._permutation(chunk[0])[start : start + self.half]
+        chosen = self._images(chunk[0])[start : start + self.half]
         pairs = []
         for (buffer, view), array in zip(self._buffers[half], self._contents, strict=True):
             np.take(array, chosen, axis=0, out=buffer[: len(chosen)], mode="clip")  # else it is copied once more
@@ -78,9 +77,7 @@ class Window:
             found.append((self.backend.peek(buffer), view[half * rows : (half + 1) * rows]))
         return found
 
-    def _permutation(self, epoch):
-        if not self.source.shuffle:
-            return np.arange(len(self.source))
+    def _images(self, epoch):
         if self._order[0] != epoch:
-            self._order = epoch, random.permutation(self.seed, epoch, len(self.source))
+            self._order = epoch, self.source.images_of(self.seed, epoch)
         return self._order[1]

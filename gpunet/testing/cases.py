@@ -506,10 +506,25 @@ def _dropout_apply(rng, size, real, wide):
     }
 
 
-@case("order_draw")
+@case("order_draw", "order_replacement")
 def _order_draw(rng, size, real, wide):
     n = [1, 2, 3, 10, 255, 256, 257, 1009][size]
     return {"order": blank(n, np.int32), "state": state(epoch=size), "seed": SEEDS[size % 4], "n": n}
+
+
+@case("order_balanced")
+def _order_balanced(rng, size, real, wide):
+    n, k = [(1, 1), (3, 3), (5, 3), (10, 1), (256, 2), (255, 7), (1009, 100), (257, 10)][size]
+    starts = np.sort(np.append(rng.choice(np.arange(1, n), k - 1, replace=False), [0, n])).astype(np.int32)
+    return {
+        "members": rng.permutation(n).astype(np.int32),
+        "starts": starts,
+        "order": blank(n, np.int32),
+        "state": state(epoch=[0, 1, 2**31 - 1][size % 3]),
+        "seed": SEEDS[size % 4],
+        "n": n,
+        "k": k,
+    }
 
 
 @case("order_stored")

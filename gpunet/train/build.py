@@ -104,7 +104,7 @@ def build_source(config, name, dataset, mean, scale):
         reflect=augment.reflect,
         smoothing=config.smoothing,
         classes=len(dataset.classes) or None,
-        shuffle=config.train.shuffle and name == "train",
+        order=config.train.order if name == "train" else "stored",
         window=config.train.window,
         name=name,
     )

@@ -13,6 +13,7 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from gpunet import caffe, resources
@@ -89,6 +90,12 @@ class Train(Section):
     steps_per_launch: updates that a GPU is given at a time, as one graph. window: images of a split that lie on it at a
     time, where all are too many. watch: names or patterns of layers and weights, such as "stage1.*", of whose values
     and gradients the metrics get statistics at every `watch_every`-th update (gpunet.train.watch); it costs memory.
+
+    order: an epoch's images "shuffled", as "stored", drawn with "replacement" or "balanced", every class as often
+    (gpunet.Source). patience: the training ends once so many validations in a row were no better than the best by more
+    than `min_delta`, by accuracy, or by loss where images have values. lr_rule: optimizer.lr is for `base_batch` images
+    an update, and grows with them: "linear" (k times as many, k times the rate; Krizhevsky 2014, Goyal et al. 2017), or
+    "sqrt" (the square root of k, which keeps the variance of an update).
     """
 
     epochs: Count = 10
@@ -101,8 +108,12 @@ class Train(Section):
     replicas: Count | None = None
     backend: str = "auto"
     dtype: Literal["float32", "tf32", "float64", "float16", "bfloat16"] = "float32"
-    shuffle: bool = True
+    order: Literal["shuffled", "stored", "replacement", "balanced"] = "shuffled"
+    lr_rule: Literal["none", "linear", "sqrt"] = "none"
+    base_batch: Count = 128
     evaluate_every: Count = 1
+    patience: Count | None = None
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
     monitor_test: bool = False
     watch: list[str] = []
     watch_every: Count = 100
@@ -175,10 +186,29 @@ class Config(Section):
     run: Run = Run()
 
     @property
-    def rates(self):
-        """The schedule as a function of (updates, updates an epoch): the table of rates."""
-        settings = self.schedule.model_dump(exclude={"name"})
-        return lambda steps, per_epoch: SCHEDULES[self.schedule.name](steps, per_epoch, self.optimizer.lr, **settings)
+    def rate(self):
+        """The rate that the schedule starts from: optimizer.lr, by train.lr_rule for the images of an update."""
+        train = self.train
+        power = {"none": 0, "linear": 1, "sqrt": 0.5}[train.lr_rule]
+        return self.optimizer.lr * (train.batch * train.accumulate / train.base_batch) ** power
+
+    @property
+    def rate_line(self):
+        """What the rate is, in words."""
+        train, given = self.train, f"learning rate {self.rate:.4g}, schedule {self.schedule.name}"
+        if train.lr_rule == "none":
+            return given
+        size = f"{train.batch * train.accumulate} images an update"
+        return f"{given}: optimizer.lr {self.optimizer.lr:g} is for {train.base_batch}, {train.lr_rule} rule, {size}"
+
+    def rates(self, steps, per_epoch):
+        """Return the table of rates of so many updates, of which an epoch has `per_epoch`."""
+        name, settings = self.schedule.name, self.schedule.model_dump(exclude={"name"})
+        with np.errstate(over="ignore"):
+            table = SCHEDULES[name](steps, per_epoch, self.rate, **settings)
+        if not np.isfinite(table).all():
+            raise GpunetError(f"[schedule] {name}: the rate is not finite from update {np.isfinite(table).argmin()} on")
+        return table
 
     @property
     def smoothing(self):

@@ -169,6 +169,16 @@ def probabilities(outputs, link):
     return np.exp(-np.logaddexp(0, -outputs)) if link == "sigmoid" else outputs
 
 
+def mean_output(outputs, link):
+    """Return the outputs (n, k) whose probabilities are the mean of those of several; for link None their mean."""
+    if link is None:
+        return np.mean(outputs, axis=0)
+    if link == "softmax":
+        return np.logaddexp.reduce([log_softmax(x) for x in outputs]) - np.log(len(outputs))
+    yes, no = (np.logaddexp.reduce([-np.logaddexp(0, sign * x) for x in outputs]) for sign in (-1, 1))
+    return yes - no
+
+
 def _mistakes(likely, labels, answers):
     wrong = np.flatnonzero(answers != labels)
     wrong = wrong[np.argsort(-likely[wrong, answers[wrong]], kind="stable")][:SHOWN]

@@ -5,7 +5,6 @@ The batch is computed once more under gpunet.core.observe.CheckFinite, through t
 
 import numpy as np
 
-from gpunet.core import random
 from gpunet.core.observe import CheckFinite, unfinite
 from gpunet.core.trace import Share
 from gpunet.errors import GpunetError
@@ -116,7 +115,7 @@ def _inputs(step, fault, first):
     source, number = step.source, first + fault.run
     epoch, place = divmod(number, step.batches)
     place = place * step.batch + _share(step, fault, first).first + fault.index[0]
-    image = random.permutation(step.seed, epoch, len(source))[place] if source.shuffle else place
+    image = source.images_of(step.seed, epoch)[place]
     what = "image" if fault.argument == "x" else "target"
     return f"{what} {image} of {source.name} (counted from 0) is not finite as the network gets it"
 

@@ -192,6 +192,28 @@ def plot_reliability(path, title, note, found):
         lower.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2)  # beside the title, above all bars
 
 
+def plot_range(path, found):
+    """Draw a learning-rate range test: losses against rates, single and smoothed, and the rates that they tell."""
+    note = "A point is an update. To begin with: where the loss falls fastest, or a tenth of where it explodes."
+    with _figure(path, f"Learning-rate range test: {found.title}", note, (9, 5.5)) as figure:
+        ax = figure.subplots()
+        ax.plot(found.rates, found.losses, ".", color=COLOURS["train"], alpha=0.35, ms=4, label="loss of an update")
+        ax.plot(found.rates, found.smoothed, color=COLOURS["train"], lw=2, label="smoothed")
+        for rate, colour, style, text in (
+            (found.steepest, COLOURS["test"], "-", "steepest"),
+            (found.exploding, COLOURS["validation"], "--", "explodes"),
+            (found.exploding and found.exploding / 10, COLOURS["rate"], ":", "a tenth of that"),
+        ):
+            if rate:
+                ax.axvline(rate, color=colour, ls=style, lw=1.8, label=f"{text}: {rate:.2g}")
+        finite = found.losses[np.isfinite(found.losses)]
+        low, top = finite.min(), min(finite.max(), 1.5 * found.smoothed.max())  # a spike runs out of it
+        ax.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+        ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.legend(loc="upper left")
+
+
 def plot_confusion(path, title, note, confusion, names):
     """Draw a confusion matrix as a map of shares of the true class (rows); with counts up to 20 classes."""
     count, side = len(names), float(np.clip(0.55 * len(names), 5, 13))

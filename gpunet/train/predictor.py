@@ -8,7 +8,8 @@ from gpunet.errors import GpunetError
 from gpunet.nn import LOSSES
 from gpunet.train.build import build_graph, build_step, pick_split
 from gpunet.train.config import parse_config
-from gpunet.train.evaluation import evaluate, probabilities
+from gpunet.train.evaluation import evaluate, mean_output, probabilities
+from gpunet.train.views import Views
 
 
 class Predictor:
@@ -27,28 +28,53 @@ class Predictor:
         checkpoint.restore(step)
         return cls(step, checkpoint.input["mean"], checkpoint.input["scale"], about["classes"], config.loss.name)
 
-    def outputs(self, images):
-        """Return the network's output for raw images (n, h, w, c), in pieces of the step's batch."""
-        size = self.step.batch
-        pieces = [images[i : i + size] for i in range(0, len(images), size)]
-        return np.concatenate([self.step.predict((p - self.mean) * self.scale) for p in pieces])
+    def outputs(self, images, views=None):
+        """Return the network's output for raw images (n, h, w, c), in pieces of the step's batch.
 
-    def predict(self, images):
+        views: a text that gpunet.train.views.Views takes. Then it is the output whose probabilities are the mean of
+        those of the views, or, where the loss has none, the mean of their outputs.
+        """
+        size, images = self.step.batch, np.asarray(images)
+        pieces = [images[i : i + size] for i in range(0, len(images), size)]
+        if views is None:
+            return np.concatenate([self.step.predict((p - self.mean) * self.scale) for p in pieces])
+        views = Views(views)
+        return np.concatenate([self._mean(piece, views) for piece in pieces])
+
+    def _mean(self, images, views):
+        """Return what `outputs` says for a piece of the images."""
+        size, channels = self.step.graph.input_shape[:2], self.step.graph.input_shape[2:]
+        whole = self.mean.ndim == 3 or self.scale.ndim == 3  # a value a pixel
+        if whole and images.shape[1:3] != size:
+            raise GpunetError(
+                f"views: with a mean image, expected images of its size ({size[0]} x {size[1]}), got "
+                f"{images.shape[1]} x {images.shape[2]}"
+            )
+        outside = 0.0 if whole else np.broadcast_to((0 - self.mean) * self.scale, channels)  # as training has it
+        seen = views.of((images - self.mean) * self.scale, size, outside)
+        return mean_output([self.step.predict(view).astype(np.float64) for view in seen], self.link)
+
+    def predict(self, images, views=None):
         """Return probabilities (n, classes) for raw images; the output itself where the loss has none (mse, hinge).
 
         Those of cross_entropy sum to 1; those of bce and focal are of classes that do not exclude each other.
+        views: "flip", "shift", "ten-crop" ... (gpunet.train.views), over which it is the mean.
         """
-        return probabilities(self.outputs(images), self.link)
+        return probabilities(self.outputs(images, views), self.link)
 
     @property
     def link(self):
         """What makes probabilities of the outputs: "softmax", "sigmoid", or None where there are none."""
         return LOSSES[self.loss].link
 
-    def evaluate(self, dataset, name="test"):
-        """Return the Evaluation on a split of a DataSet, without augmentation or label smoothing."""
+    def evaluate(self, dataset, name="test", views=None):
+        """Return the Evaluation on a split of a DataSet, without augmentation or label smoothing.
+
+        views: as `predict` has them.
+        """
         split = pick_split(dataset, name)
         if dataset.classes != self.classes:
             mine, other = (", ".join(names[:5]) or "values" for names in (self.classes, dataset.classes))
             raise GpunetError(f"{dataset.name}: expected the classes of the training ({mine} ...), got {other} ...")
-        return evaluate(self.outputs(split.images), split, self.step.loss or self.loss, f"{dataset.name}: {name}")
+        outputs = self.outputs(split.images, views)
+        return evaluate(outputs, split, self.step.loss or self.loss, f"{dataset.name}: {name}")

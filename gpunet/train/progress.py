@@ -13,8 +13,9 @@ QUIET = 30  # seconds without a line after which one is printed off a terminal
 class Progress:
     """Counts images of the whole run. `epoch` moves the bar, or prints now and then where there is none."""
 
-    def __init__(self, images, epochs, show=True, stream=None):
+    def __init__(self, images, epochs, show=True, stream=None, labelled=True):
         self._stream = stream or sys.stderr
+        self._labelled = labelled  # else a hit means nothing
         self._show = show
         self._bar = self._stream.isatty() and show
         self._tqdm = tqdm(
@@ -39,7 +40,7 @@ class Progress:
         images, self._count = count - (self._count if epoch == self._epoch else 0), count
         self._epoch = epoch
         self._done += images
-        text = f"loss {loss / count:.4f}, accuracy {hits / count:.2%}"
+        text = f"loss {loss / count:.4f}" + (f", accuracy {hits / count:.2%}" if self._labelled else "")
         if self._bar:
             self._tqdm.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
             self._tqdm.set_postfix_str(text, refresh=False)

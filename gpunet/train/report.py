@@ -44,6 +44,7 @@ class Result:
     training_seconds: float
     seconds: float
     rows: list = field(repr=False)
+    resumed: list
     best: dict | None
     test: object
 
@@ -57,9 +58,9 @@ class Result:
         """The outcome in a few lines."""
         lines = [self.status]
         if self.best:
-            lines.append(f"best validation {_score(self.best)} after epoch {self.best['epoch']}")
+            lines.append(f"best validation {_score(self, self.best)} after epoch {self.best['epoch']}")
         if self.test:
-            lines.append(f"test {_score(vars(self.test))}")
+            lines.append(f"test {_score(self, vars(self.test))}")
         lines.append(f"{clock(self.seconds)} in all, {self.images_per_second:,.0f} images a second in training")
         if self.data.note:
             lines.append(f"note: {self.data.note}")
@@ -122,12 +123,14 @@ def _write_mistakes(path, found, images, classes):
 def _title(result):
     parts = [f"{result.config.model.name} on {result.data.name}"]
     if result.test:
-        parts.append(f"test accuracy {result.test.accuracy:.2%}")
+        known = result.data.train.labels is not None
+        parts.append(f"test accuracy {result.test.accuracy:.2%}" if known else f"test loss {result.test.loss:.4g}")
     return ", ".join(parts)
 
 
-def _score(row):
-    return f"accuracy {row['accuracy']:.2%}, loss {row['loss']:.4f} ({row['count']:,} images)"
+def _score(result, row):
+    accuracy = f"accuracy {row['accuracy']:.2%}, " if result.data.train.labels is not None else ""
+    return f"{accuracy}loss {row['loss']:.4f} ({row['count']:,} images)"
 
 
 def _report(result, pictures):
@@ -148,7 +151,8 @@ def _report(result, pictures):
 def _results(result):
     rows = []
     if result.best:
-        rows.append(("best validation", f"{_score(result.best)}, after epoch {result.best['epoch']}: the weights kept"))
+        score = _score(result, result.best)
+        rows.append(("best validation", f"{score}, after epoch {result.best['epoch']}: the weights kept"))
     else:
         rows.append(("weights kept", "the last ones: nothing was measured on a validation split"))
     if result.test:
@@ -158,11 +162,17 @@ def _results(result):
         rows.append(("watched", "the test split was measured during training (monitor_test = true); it chose nothing"))
     rows += [
         ("trained", f"{result.epochs:.4g} epochs, {result.updates:,} updates, {result.images:,} images"),
+        *[("resumed", _resumed(result.resumed))] * bool(result.resumed),
         ("time", f"{clock(result.seconds)} in all, {clock(result.training_seconds)} of it training"),
         ("speed", f"{result.images_per_second:,.0f} images a second in training"),
         ("network", f"{result.step.graph.size:,} weights"),
     ]
     return _table("## Results", rows)
+
+
+def _resumed(updates):
+    times = "once" if len(updates) == 1 else f"{len(updates)} times"
+    return f"{times}, at update {', '.join(f'{n:,}' for n in updates)}"
 
 
 def _data(dataset):

@@ -14,12 +14,13 @@ from gpunet.core import random
 from gpunet.errors import GpunetError
 from gpunet.train.checkpoint import write_whole
 from gpunet.train.config import Natural, Section, parse_config, to_toml
+from gpunet.train.monitor import Plateau, Waited
 from gpunet.train.report import processor
 from gpunet.train.run import Run
 
 # What may change in a run that goes on; what of it could change the bits is held to what was recorded.
 FREE = ("run.keep", "run.checkpoint_steps", "run.checkpoint_seconds", "data.directory", "train.backend",
-        "train.replicas", "train.steps_per_launch", "train.window")  # fmt: skip
+        "train.replicas", "train.steps_per_launch", "train.window", "train.watch", "train.watch_every")  # fmt: skip
 PICTURES = 200  # of a split that are looked at to know it again
 
 
@@ -41,6 +42,9 @@ class Position(Section):
     explained: bool = False
     logged: Natural = 0
     inexact: list[str] = Field([])  # what has been another since, by --inexact
+    resumed: list[Natural] = Field([])  # at which updates it has been gone on with
+    waited: Waited = Field(default_factory=Waited)
+    plateau: Plateau = Field(default_factory=Plateau)
     best: dict[str, int | float | str] | None = None
 
 
@@ -108,6 +112,7 @@ class Resumption:
             self.notes += [f"note: inexact: {text}" for text in changed]
             self.position.inexact = [*self.position.inexact, *changed]
             self.checkpoint.restore(trainer.step)
+        self.position.resumed = [*self.position.resumed, self.position.seen]
         for path in self.damaged:  # else it would take the place of the good one before it
             os.replace(path, path.with_name(f"{path.name}.damaged"))
         if to_toml(self.config) != (self.run.path / "config.toml").read_text(encoding="utf-8"):

@@ -14,6 +14,7 @@ from gpunet.train.build import build_data, build_graph, build_normalisation, bui
 from gpunet.train.checkpoint import Checkpoint
 from gpunet.train.config import to_toml
 from gpunet.train.fault import explain, not_finite
+from gpunet.train.monitor import check as check_monitor
 from gpunet.train.predictor import Predictor
 from gpunet.train.progress import Progress
 from gpunet.train.report import Result, write_report
@@ -45,6 +46,7 @@ class Trainer:
         name, self.choice = choose(config.train.backend)  # first: what cannot run is told before data is fetched
         backend = named(name)
         self.data = data if data is not None else build_data(config)
+        check_monitor(config, self.data)
         train = self.data.train
         outputs = len(self.data.classes) if train.labels is not None else train.values.shape[1]
         self.graph = graph if graph is not None else build_graph(config, train.images.shape[1:], outputs)
@@ -83,13 +85,13 @@ class Trainer:
         trainer.resumed = resumed
         return trainer
 
-    def evaluate(self, split="test"):
-        """Return the Evaluation of the weights as they are on a split of the data set."""
-        return self.predictor.evaluate(self.data, split)
+    def evaluate(self, split="test", views=None):
+        """Return the Evaluation of the weights as they are on a split of the data set; `views` as in `predict`."""
+        return self.predictor.evaluate(self.data, split, views)
 
-    def predict(self, images):
-        """Return probabilities (n, classes) for raw images (n, h, w, c)."""
-        return self.predictor.predict(images)
+    def predict(self, images, views=None):
+        """Return probabilities (n, classes) for raw images (n, h, w, c), the mean over `views` of each, as "flip"."""
+        return self.predictor.predict(images, views)
 
     def checkpoint(self, epoch, **about):
         """Return a Checkpoint of the weights and all else as they are."""
@@ -143,7 +145,7 @@ class _Training:
             self.run_directory.board = Board(self.run_directory.path / "tensorboard")
         whole, rest = divmod(self.limit, per_epoch)
         images = whole * len(self.data.train) + rest * train.accumulate * train.batch
-        self.progress = Progress(images, self.epochs, trainer.show)
+        self.progress = Progress(images, self.epochs, trainer.show, labelled=self._labelled)
         self.progress.begin(self.epoch, self.totals[2], self.ended * len(self.data.train) + self.totals[2])
         self.step.backend.show = self.progress.compiling
         self.watch = Watch(self.step, self.config.train.watch) if self.config.train.watch else None
@@ -155,9 +157,10 @@ class _Training:
         self.steps, self.explained = position.steps, position.explained
         self.seconds, self.spent, self.totals = position.seconds, position.spent, np.array(position.totals)
         self.start = self.trainer.start - position.elapsed
-        self.epoch = min(self.ended + 1, self.epochs)
+        self.waited, self.plateau = position.waited, position.plateau
+        self.epoch = self.ended if self._gave_up else min(self.ended + 1, self.epochs)
         self.looked = self.saved = time.perf_counter()
-        self.saved_steps, self.inexact = self.steps, position.inexact
+        self.saved_steps, self.inexact, self.resumptions = self.steps, position.inexact, position.resumed
 
     def _position(self):
         """Return where it stands, for a checkpoint."""
@@ -173,6 +176,9 @@ class _Training:
             explained=self.explained,
             logged=self.run_directory.logged,
             inexact=self.inexact,
+            resumed=self.resumptions,
+            waited=self.waited,
+            plateau=self.plateau,
         )
 
     def _directory(self):
@@ -223,7 +229,8 @@ class _Training:
             failure = error
         except GpunetError as error:
             failure = self._with_advice(error)
-        result = self._result(f"stopped: {failure}" if failure else signals.status, test)
+        early = self._gave_up if not signals.caught else ""
+        result = self._result(f"stopped: {failure}" if failure else early or signals.status, test)
         try:
             write_report(result)
             if not failure and not signals.caught and last:
@@ -274,6 +281,7 @@ class _Training:
     def _announce(self):
         self.progress.line(f"{self.data}\n{self.config.model.name}: {self.step.graph.size:,} weights")
         self.progress.line(self.trainer.choice)
+        self.progress.line(self.config.rate_line)
         if self.resumed:
             self.progress.line("\n".join([self.resumed.line(self.batches), *self.resumed.notes]))
         if self.trainer.started:
@@ -284,7 +292,7 @@ class _Training:
             self.progress.line("no validation split: the last weights are kept, nothing is chosen")
 
     def _train(self, signals):
-        while self.ended < self.epochs and not signals.caught:
+        while self.ended < self.epochs and not self._gave_up and not signals.caught:
             self.epoch = self.ended + 1
             self._train_epoch(signals)
             if not signals.caught:
@@ -334,6 +342,7 @@ class _Training:
         due = self.epoch % self.config.train.evaluate_every == 0 or self.epoch == self.epochs
         found = self._evaluate() if due else []
         self.progress.line(self._line(found))
+        self._heed(found)
         self.ended += 1
         self.seconds, self.spent, self.totals = self.seconds + self.spent, 0.0, np.zeros(3)
         if self._due():
@@ -407,7 +416,39 @@ class _Training:
 
     def _rank(self, row):
         """What makes validation better: accuracy with labels, then a smaller loss."""
-        return (row["accuracy"] if self.data.train.labels is not None else 0, -row["loss"])
+        return (row["accuracy"] if self._labelled else 0, -row["loss"])
+
+    @property
+    def _labelled(self):
+        """Whether images have classes, so that accuracy means something."""
+        return self.data.train.labels is not None
+
+    def _heed(self, found):
+        """Count a validation; where there is no getting better, the rate falls or the training gives up."""
+        row = next((row for row in found if row["split"] == "validation"), None)
+        if row is None:
+            return
+        name, sign = ("accuracy", 1) if self._labelled else ("loss", -1)
+        self.waited.see(row[name] if np.isfinite(row["loss"]) else np.nan, sign, self.config.train.min_delta)
+        settings = self.config.schedule
+        if settings.name == "plateau" and self.plateau.fall(row[settings.monitor], settings):
+            state = self.step.state
+            state["lr_scale"] = self.plateau.scale
+            self.step.state = state
+            self.progress.line(f"validation {settings.monitor} is on a plateau: learning rate x {self.plateau.scale:g}")
+
+    @property
+    def _gave_up(self):
+        """Why the training ends early, or nothing."""
+        patience = self.config.train.patience
+        if patience is None or self.waited.evaluations < patience:
+            return ""
+        name = "accuracy" if self._labelled else "loss"
+        least = f" by more than {self.config.train.min_delta:g}" if self.config.train.min_delta else ""
+        return (
+            f"stopped early after epoch {self.ended} of {self.epochs}: validation {name} no better{least} "
+            f"in {self.waited.evaluations} evaluations (train.patience = {patience})"
+        )
 
     def _save(self, name):
         """Write a checkpoint and return it, or None where its numbers are not finite."""
@@ -423,12 +464,15 @@ class _Training:
 
     def _line(self, found):
         loss, hits, count = self.totals
-        trained = f"loss {loss / count:.4f} {hits / count:7.2%}" if count else "every update skipped"
+        trained = f"loss {self._measured(loss / count, hits / count)}" if count else "every update skipped"
         parts = [f"epoch {self.epoch:>3}/{self.epochs}", trained]
-        parts += [f"{row['split']} {row['loss']:.4f} {row['accuracy']:7.2%}" for row in found]
+        parts += [f"{row['split']} {self._measured(row['loss'], row['accuracy'])}" for row in found]
         speed = count / max(self.spent, 1e-9)
         parts += [f"{speed:,.0f} img/s", clock(self.elapsed), self.progress.left]
         return "  ".join(parts)
+
+    def _measured(self, loss, accuracy):
+        return f"{loss:.4f} {accuracy:7.2%}" if self._labelled else f"{loss:.4g}"
 
     def _result(self, status, test):
         return Result(
@@ -443,6 +487,7 @@ class _Training:
             training_seconds=self.seconds + self.spent,
             seconds=self.elapsed,
             rows=self.rows,
+            resumed=self.resumptions,
             best=self.best,
             test=test,
         )
