@@ -390,14 +390,24 @@ def show(
     split: Annotated[str, typer.Option("--split", metavar="train|validation|test")] = "train",
     data: Folder = None,
     out: Annotated[str, typer.Option("--out", metavar="PNG", help="The picture to write.")] = "contact.png",
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess", help="Draw what [preprocess] of a recipe does to them, stage by stage.")
+    ] = False,
+    overrides: Overrides = None,
 ):
-    """Draw the first pictures of every class of a data set into a PNG."""
+    """Draw the first pictures of every class of a data set, or what a recipe makes of them, into a PNG."""
     from gpunet import data as sets
-    from gpunet.train.build import build_data, pick_split
+    from gpunet.train.build import build_data, pick_split, preprocessed_sheet
 
     known = name in sets.LOADERS
-    dataset = sets.load(name, data) if known else build_data(_load(name, None, data, None))
-    sheet = sets.contact_sheet(pick_split(dataset, split), dataset.classes)
+    if known and (preprocess or overrides):
+        raise GpunetError(f"data show {name}: --preprocess and --set: expected a recipe, got a data set")
+    config = None if known else _load(name, overrides, data, None)
+    dataset = sets.load(name, data) if known else build_data(config)
+    if preprocess:
+        sheet = preprocessed_sheet(config, dataset, split)
+    else:
+        sheet = sets.contact_sheet(pick_split(dataset, split), dataset.classes)
     try:
         sheet.save(out)
     except (OSError, ValueError) as error:

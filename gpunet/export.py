@@ -37,7 +37,7 @@ def onnx(model, path, *, batch=None, pixels="uint8"):
     step, affine, classes, link = _parts(model)
     pixels = pixels if affine else "float32"
     net = _Net(package, {**step.weights, **step.statistics})
-    _trace(net, step.graph, affine, pixels, link)
+    _trace(net, step.graph, _input(net, step.graph, model, affine, pixels), link)
     if (nbytes := sum(value.nbytes for value in net.constants.values())) > LIMIT:
         raise GpunetError(f"{path}: an ONNX file holds at most {LIMIT:,} bytes, this network has {nbytes:,}")
     model = net.model(step.graph, batch, pixels, link, _metadata(step.graph, affine, pixels, classes))
@@ -73,15 +73,55 @@ def _metadata(graph, affine, pixels, classes):
     }
 
 
-def _trace(net, graph, affine, pixels, link):
-    """Add the nodes from the images to the outputs."""
-    x = INPUT
+def _input(net, graph, model, affine, pixels):
+    """Add the nodes from the images to what the network takes: preprocessing, then (x - mean) * scale."""
+    x, preprocess = INPUT, getattr(model, "preprocess", None)
     if pixels == "uint8":
         x = net.add("Cast", x, name="input/float", to=net.package.TensorProto.FLOAT)
+    if preprocess and preprocess.gcn is not None:
+        x = _gcn(net, preprocess.gcn, x)
+    if preprocess and preprocess.whitening is not None:
+        x = _whitening(net, graph.input_shape, preprocess.whitening, x)
     for op, value in zip(("Sub", "Mul"), affine or (), strict=False):
         value = np.asarray(value, np.float64)
         value = value.reshape(graph.input_shape) if value.size == math.prod(graph.input_shape) else value
         x = net.add(op, x, net.constant({"Sub": "input/mean", "Mul": "input/scale"}[op], value), name=f"input/{op}")
+    return x
+
+
+def _gcn(net, gcn, x):
+    """scale * (x - mean) / max(epsilon, sqrt(bias + variance)), of each image."""
+
+    def constant(name, value):
+        return net.constant(f"input/gcn/{name}", value)
+
+    def mean(x, name):
+        return net.add("ReduceMean", x, name=f"input/gcn/{name}", axes=(1, 2, 3), keepdims=1)
+
+    x = net.add("Sub", x, mean(x, "mean"), name="input/gcn/centred")
+    variance = mean(net.add("Mul", x, x, name="input/gcn/squared"), "variance")
+    variance = net.add("Add", variance, constant("bias", gcn.bias), name="input/gcn/biased")
+    deviation = net.add("Sqrt", variance, name="input/gcn/deviation")
+    deviation = net.add("Max", deviation, constant("epsilon", gcn.epsilon), name="input/gcn/divisor")
+    return net.add("Mul", net.add("Div", x, deviation, name="input/gcn/divided"), constant("scale", gcn.scale),
+                   name="input/gcn")  # fmt: skip
+
+
+def _whitening(net, shape, whitening, x):
+    """The images as rows less their mean, times the matrices, plus the mean again for "pca"."""
+    mean = net.constant("input/whiten/mean", whitening.mean)
+    rows = net.constant("input/whiten/rows", (-1, math.prod(shape)), np.int64)
+    x = net.add("Sub", net.add("Reshape", x, rows, name="input/whiten/flat"), mean, name="input/whiten/centred")
+    for number, matrix in enumerate(whitening.matrices, 1):
+        x = net.add("MatMul", x, net.constant(f"input/whiten/matrix{number}", matrix), name=f"input/whiten/{number}")
+    if whitening.kind == "pca":
+        x = net.add("Add", x, mean, name="input/whiten/mean_again")
+    images = net.constant("input/whiten/images", (-1, *shape), np.int64)
+    return net.add("Reshape", x, images, name="input/whiten")
+
+
+def _trace(net, graph, x, link):
+    """Add the nodes from the network's input to the outputs."""
     values = {graph.input: net.add("Transpose", x, name="input/channels_first", perm=(0, 3, 1, 2))}
     for node in graph.nodes:
         form = FORMS.get(type(node.layer))  # a class derived from one may compute anything

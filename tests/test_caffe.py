@@ -186,7 +186,7 @@ def test_each_published_solver_and_all_of_them_together(name):
     total = UPDATES[name][-1]
     assert together.train.steps == total == shipped.train.epochs * 500
     np.testing.assert_array_equal(together.rates(total, 500), shipped.rates(total, 500))
-    for section in ("augment", "optimizer", "loss"):
+    for section in ("preprocess", "augment", "optimizer", "loss"):
         assert getattr(together, section) == getattr(shipped, section)
     assert (together.data.name, together.data.validation) == (shipped.data.name, shipped.data.validation)
     assert (together.train.batch, together.train.order, together.train.monitor_test) == (100, "stored", True)
@@ -386,16 +386,16 @@ def of_data(text, kind="Data", param="data_param"):
 def test_data_and_what_is_done_to_it():
     found = of_data('PARAM { batch_size: 7 source: "x/CIFAR-100_lmdb" } transform_param { mirror: true scale: 0.5 }')
     assert (found.data, found.batch) == ({"name": "cifar100", "validation": 0}, 7)
-    assert found.augment == {"flip": True, "mean": 0.0, "scale": 0.5}
+    assert found.images == {"flip": True, "mean": 0.0, "scale": 0.5}
     found = of_data('PARAM { batch_size: 7 source: "cifar" } transform_param { mean_value: 104 crop_size: 32 }')
-    assert found.augment["mean"] == 104.0
+    assert found.images["mean"] == 104.0
     found = of_data('PARAM { batch_size: 7 source: "cifar" mean_file: "m" mirror: 1 }')  # as the first form has it
-    assert found.augment == {"flip": True, "mean": "image", "scale": 1.0}
+    assert found.images == {"flip": True, "mean": "image", "scale": 1.0}
     text = 'PARAM { batch_size: 7 source: "mine.txt" shuffle: true new_height: 20 new_width: 30 } '
     values = "transform_param { mean_value: 1 mean_value: 2 mean_value: 3 }"
     found = of_data(text + values, "ImageData", "image_data_param")
     assert found.data == {"name": "folder", "validation": 0, "size": [20, 30]}
-    assert found.augment["mean"] == [3.0, 2.0, 1.0]  # Caffe's pictures begin with blue
+    assert found.images["mean"] == [3.0, 2.0, 1.0]  # Caffe's pictures begin with blue
     assert found.shuffle
     found = of_data('PARAM { batch_size: 7 source: "mine_lmdb" }')
     assert any("data.size" in note for note in found.notes)

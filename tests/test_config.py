@@ -55,8 +55,8 @@ def write(folder, **sections):
             "'milestones' in [schedule]: expected a number, got \"a\"",
         ),
         (
-            {"augment": {"mean": "pixel"}},
-            "'mean' in [augment]: expected 'channel' or 'image' or a number or a list, got",
+            {"preprocess": {"mean": "pixel"}},
+            "'mean' in [preprocess]: expected 'channel' or 'image' or a number or a list, got",
         ),
         ({"augment": {"crop": -1}}, "'crop' in [augment]: expected at least 0, got -1"),
         (
@@ -143,7 +143,7 @@ def test_what_is_written_reads_the_same():
         "data": {"name": "folder", "directory": 'C:\\päth "x"\n\t\x7f', "size": 32},
         "optimizer": {"lr": 1e-20, "momentum": 0},
         "schedule": {"name": "multistep", "milestones": [1, 2.5]},
-        "augment": {"mean": [1.0, 2, 3], "scale": 0.5},
+        "preprocess": {"mean": [1.0, 2, 3], "scale": 0.5},
         "train": {"replicas": 3, "seed": 2**62},
     }
     config = parse_config(sections)
@@ -194,5 +194,5 @@ def test_caffes_recipe_has_caffes_settings():
     assert config.train.epochs * 50_000 // config.train.batch == 5000
     assert (rates[0], rates[3999], rates[4000]) == (0.001, 0.001, pytest.approx(1e-4))
     assert (config.optimizer.momentum, config.optimizer.weight_decay, config.optimizer.form) == (0.9, 0.004, "caffe")
-    assert (config.augment.mean, config.augment.scale, config.augment.crop) == ("image", 1, 0)
+    assert (config.preprocess.affine, config.augment.crop) == (("image", 1), 0)
     assert config.train.order == "stored" and not config.augment.flip

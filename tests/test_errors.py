@@ -110,7 +110,7 @@ ARGUMENTS = [
     (lambda: Conv2d(4, 3, stride=1.5), "Conv2d: stride: expected one or two whole numbers, got 1.5"),
     (lambda: Conv2d(4, 3, stride=0), "Conv2d: expected outputs, size, stride, dilation, groups of at least 1"),
     (lambda: Conv2d(4, 3, groups=3), "Conv2d: expected outputs, size"),
-    (lambda: Conv2d(4, 3, weight_init="hee"), "init: expected one of normal, uniform, xavier, he, constant, got 'hee'"),
+    (lambda: Conv2d(4, 3, weight_init="hee"), "init: expected one of normal, truncated_normal,"),
     (lambda: MaxPool(2, padding=2), "pool: expected size and stride of at least 1 and padding of at most half"),
     (lambda: AvgPool(2.0), "pool: size: expected one or two whole numbers, got 2.0"),
     (lambda: Dropout(1.0), "Dropout: rate: expected 0 <= rate < 1, got 1.0"),

@@ -422,7 +422,7 @@ def test_clipping_that_is_there_is_lowered(config):
 
 def test_an_update_that_overflows_is_not_saved(config, tmp_path):
     """The gradient was finite, the new weights are not: halted one batch later, and the disk has the ones before."""
-    settings = {"augment": {"mean": 0.0, "scale": 1.0}, "optimizer": {"lr": 1e38}, "run": {"checkpoint_steps": 1}}
+    settings = {"preprocess": {"mean": 0.0, "scale": 1.0}, "optimizer": {"lr": 1e38}, "run": {"checkpoint_steps": 1}}
     _, said = trained(plain(config, **settings))
     assert "weights in memory are not finite" in said and "or that itself overflowed" in said
     assert_finite_on_disk(tmp_path)
@@ -440,7 +440,7 @@ def broken_images(n=90, bad=17):
 @pytest.mark.parametrize("order", ["shuffled", "stored"])
 def test_an_image_that_is_not_finite_has_a_number(order, config):
     made = config(
-        train={"epochs": 1, "batch": 20, "order": order, "accumulate": 2}, augment={"mean": 0.0, "scale": 1.0}
+        train={"epochs": 1, "batch": 20, "order": order, "accumulate": 2}, preprocess={"mean": 0.0, "scale": 1.0}
     )
     _, said = trained(made, broken_images())
     assert "first: batch: batch_crop_flip: x: 1 of 1,920 values are not finite (1 NaN)" in said
@@ -454,14 +454,14 @@ def test_targets_that_are_not_finite(config):
     y = rng.normal(size=(40, 2)).astype(np.float32)
     y[33, 1] = np.inf
     values = data.DataSet("values", (), data.Split(rng.normal(size=(40, 8, 8, 3)).astype(np.float32), values=y))
-    made = config(loss={"name": "mse"}, augment={"mean": 0.0, "scale": 1.0})
+    made = config(loss={"name": "mse"}, preprocess={"mean": 0.0, "scale": 1.0})
     _, said = trained(made, values)
     assert "first: batch: batch_values: " in said
     assert "images and targets: target 33 of train" in said
 
 
 def test_a_norm_that_rose_is_told(config):
-    made = plain(config, optimizer={"lr": 50.0}, train={"epochs": 50, "batch": 20}, augment={"scale": 1.0})
+    made = plain(config, optimizer={"lr": 50.0}, train={"epochs": 50, "batch": 20}, preprocess={"scale": 1.0})
     _, said = trained(made)
     assert re.search(r"The gradient's norm rose from \S+ to \S+: it diverged; try a lower optimizer.lr", said)
 
@@ -525,7 +525,7 @@ def test_a_halt_in_an_accumulated_update_looks_at_all_its_batches(config):
     images = broken_images(60, bad=25)
     made = config(
         train={"epochs": 1, "batch": 10, "order": "stored", "accumulate": 3, "replicas": 1},
-        augment={"mean": 0.0, "scale": 1.0},
+        preprocess={"mean": 0.0, "scale": 1.0},
     )
     _, said = trained(made, images)
     assert "in epoch 1, batch 3 of 6" in said

@@ -259,7 +259,7 @@ def test_the_command(tmp_path, monkeypatch, gpunet):
         {
             "model": {"name": "cifar10_quick", "init": "he"},
             "data": {"name": "shapes", "train": 90, "test": 20},
-            "augment": {"mean": "image"},
+            "preprocess": {"mean": "image"},
             "optimizer": {"lr": 0.01},
             "train": {"epochs": 1, "batch": 30, "replicas": 1},
             "run": {"name": "pools"},

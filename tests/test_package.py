@@ -22,7 +22,7 @@ HEAVY = ("cupy", "matplotlib", "torch", "scipy")
 # A floor imports from itself and from those before it.
 FLOORS = ["errors", "resources", "core", "backends", "nn", "optim", "data", "models", "ops", "caffe", "train",
           "search"]  # fmt: skip
-FLOORS += ["export", "testing", "doctor", "cli"]
+FLOORS += ["export", "testing", "doctor", "listing", "cli"]
 
 LOOK = """
 import json

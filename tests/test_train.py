@@ -206,7 +206,7 @@ def test_half_precision_that_never_gets_finite_stops_the_run(config, tmp_path, c
     """Ten halvings from 1024 to 1, all in epochs without an update, and the next step ends the run."""
     monkeypatch.setattr(report, "plot_curves", None)  # there is nothing to draw
     with pytest.raises(GpunetError) as caught:
-        Trainer(config(augment={"scale": 1e30}, train={"dtype": "float16", "epochs": 50}), data=easy()).fit()
+        Trainer(config(preprocess={"scale": 1e30}, train={"dtype": "float16", "epochs": 50}), data=easy()).fit()
     said = str(caught.value)
     assert "not finite in epoch 3, batch 1 of 5, at learning rate 0.01 and the smallest loss scale, 1; the" in said
     (folder,) = runs(tmp_path)
@@ -265,7 +265,7 @@ def test_it_trains_outside_the_main_thread(config):
 
 def test_a_run_predicts_as_the_trainer_did(config):
     halves = easy()
-    trained = Trainer(config(augment={"flip": True, "crop": 1, "mean": "image"}), data=halves)
+    trained = Trainer(config(augment={"flip": True, "crop": 1}, preprocess={"mean": "image"}), data=halves)
     result = trained.fit()
     again = Predictor.load(result.run.checkpoint())
     images = halves.test.images
@@ -320,7 +320,7 @@ def test_values_are_fitted_with_mse(config):
     y = x.reshape(80, 16) @ rng.normal(size=(16, 2)).astype(np.float32)
     values = data.Arrays(x, y.astype(np.float32), validation=16, test=(x[:8], y[:8].astype(np.float32)))
     sections = {"model": {"hidden": []}, "loss": {"name": "mse"}, "optimizer": {"lr": 0.05}, "train": {"epochs": 40}}
-    sections["augment"] = {"mean": 0.0, "scale": 1.0}
+    sections["preprocess"] = {"mean": 0.0, "scale": 1.0}
     result = Trainer(config(**sections), data=values).fit()
     assert result.test.loss < 1e-3 * float(np.square(y).mean())
     assert result.test.confusion is None
@@ -342,10 +342,10 @@ def test_normalisation(config):
     mean, scale = build_normalisation(config(), halves)
     np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(scale, 1 / pixels.std(axis=(0, 1, 2)))
-    mean, scale = build_normalisation(config(augment={"mean": "image", "scale": 1.0}), halves)
+    mean, scale = build_normalisation(config(preprocess={"mean": "image", "scale": 1.0}), halves)
     np.testing.assert_allclose(mean, pixels.mean(axis=0))
     assert scale == 1
-    mean, scale = build_normalisation(config(augment={"mean": [1.0, 2.0, 3.0], "scale": [1, 2, 4]}), halves)
+    mean, scale = build_normalisation(config(preprocess={"mean": [1.0, 2.0, 3.0], "scale": [1, 2, 4]}), halves)
     assert (mean.tolist(), scale.tolist()) == ([1, 2, 3], [1, 2, 4])
     flat = data.DataSet("flat", ("a",), data.Split(np.full((2, 2, 2, 3), 7, np.uint8), np.zeros(2, np.int32)))
     assert (build_normalisation(config(), flat)[1] == 1).all()
@@ -375,7 +375,7 @@ def test_rates_and_decays_of_vectors(config):
         ({"train": {"batch": 91}}, "batch: expected at most 90, the images of train, got 91"),
         ({"train": {"backend": "cuba"}}, "backend: expected .*got 'cuba'"),
         ({"model": {"hidden": 3}}, r"\[model\] mlp with hidden = 3: "),
-        ({"augment": {"mean": [1.0, 2.0]}}, "mean or scale: expected 1, 3 or"),
+        ({"preprocess": {"mean": [1.0, 2.0]}}, "mean or scale: expected 1, 3 or"),
     ],
 )
 def test_mistakes_that_only_the_data_shows(sections, said, config, tmp_path):

@@ -83,7 +83,7 @@ def test_a_step_that_only_predicts_takes_weights_alone(trained, file):
         (lambda content: save({"x": np.zeros(3)}), "a safetensors file of something else"),
         (lambda content: save({"x": np.zeros(3)}, {"gpunet": "{"}), "a safetensors file of something else"),
         (lambda content: save({"x": np.zeros(3)}, {"gpunet": "[]"}), "a safetensors file of something else"),
-        (lambda content: content.replace(b'\\"format\\": 2,', b'\\"format\\": 9,'), "this gpunet reads format 2"),
+        (lambda content: content.replace(b'\\"format\\": 3,', b'\\"format\\": 9,'), "this gpunet reads format 3"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_one_clear_error(change, said, file):

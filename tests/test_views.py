@@ -276,7 +276,7 @@ def test_images_that_do_not_do(text, size, said):
 def test_a_mean_image_has_one_size():
     predictor = trained_predictor(nn.Linear(3), mean=RNG.uniform(0, 255, (6, 6, 3)))
     assert predictor.predict(RAW, "ten-crop").shape == (11, 3)
-    with pytest.raises(GpunetError, match=r"views: with a mean image, expected images of its size \(6 x 6\)"):
+    with pytest.raises(GpunetError, match=r"with a mean image or whitening, expected images of the size \(6 x 6\)"):
         predictor.predict(np.zeros((2, 9, 9, 3), np.uint8), "ten-crop")
 
 

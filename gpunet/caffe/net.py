@@ -31,7 +31,7 @@ class Net:
 
     layers: list
     data: dict
-    augment: dict
+    images: dict  # flip, mean and scale
     batch: int
     shuffle: bool
     tests: bool  # whether it has data for the test phase
@@ -53,7 +53,7 @@ def read_net(message):
         graph.enter(layer)
     _check_phases(phases)
     entries = graph.finish(values)
-    return Net(entries, data.data, data.augment, data.batch, data.shuffle, data.tests, data.notes + graph.notes)
+    return Net(entries, data.data, data.images, data.batch, data.shuffle, data.tests, data.notes + graph.notes)
 
 
 def _layer(raw, number):
@@ -121,7 +121,7 @@ class _Data:
         self._read(found["TRAIN"][0])
         for test in found["TEST"]:
             p = test.inner(SOURCES[test.get("type")])
-            if (given := self._prepared(test, p)) != (expected := {**self.augment, "flip": given["flip"]}):
+            if (given := self._prepared(test, p)) != (expected := {**self.images, "flip": given["flip"]}):
                 test.fail(f"expected mean and scale of phase TRAIN, {_prepared(expected)}, got {_prepared(given)}")
 
     def _read(self, layer):
@@ -136,9 +136,9 @@ class _Data:
         self.data = {"name": name, "validation": 0}
         if name == "folder":
             self._pictures(layer, p)
-        self.augment = self._prepared(layer, p)
+        self.images = self._prepared(layer, p)
         self.notes.append(f"source {shown(source)}: taken for data set {name}; --data says where that is")
-        if self.augment["mean"] == "image":
+        if self.images["mean"] == "image":
             self.notes.append("mean_file: the mean image of the training set, which is computed and not read")
 
     def _pictures(self, layer, p):
@@ -152,7 +152,7 @@ class _Data:
             self.notes.append("data.size, which the file does not tell, has to be set: --set data.size=N")
 
     def _prepared(self, layer, p):
-        """Return [augment] for a data layer."""
+        """Return what a data layer does to its images: flip, mean and scale."""
         t = layer.inner("transform_param") if "transform_param" in layer else p
         size = {"cifar10": 32, "cifar100": 32}.get(self.data["name"], 0)
         t.only("crop_size", 0, size, why="gpunet has no cuts that are smaller than the pictures")
@@ -165,8 +165,8 @@ class _Data:
         return {"flip": t.get("mirror", False), "mean": mean, "scale": float(t.get("scale", 1))}
 
 
-def _prepared(augment):
-    return f"mean {augment['mean']} and scale {augment['scale']:g}"
+def _prepared(images):
+    return f"mean {images['mean']} and scale {images['scale']:g}"
 
 
 class _Graph:

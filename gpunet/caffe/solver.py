@@ -106,7 +106,8 @@ def read_stage(values, net: Net, name):
     tables = {
         "model": {"name": "layers", "layers": net.layers},
         "data": net.data,
-        "augment": {key: value for key, value in net.augment.items() if value is not False},
+        "preprocess": {key: net.images[key] for key in ("mean", "scale")},
+        "augment": {"flip": True} if net.images["flip"] else {},
         "optimizer": _optimizer(values, float(lr), accumulate),
         "schedule": _schedule(values),
         "train": train,

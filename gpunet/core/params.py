@@ -39,6 +39,11 @@ class Parameter:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
+def generator(seed, name):
+    """Return the NumPy generator that the first values of the parameter of this name are drawn from."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
 class Layout:
     """Places of parameters in an arena of `size` elements, a multiple of BLOCK; padding stays zero."""
 
@@ -73,8 +78,7 @@ class Layout:
         """Return the arena's first contents; each parameter draws from its own generator, keyed by its name."""
         arena = np.zeros(self.size, dtype)
         for name, p in self.parameters.items():
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            self.slice(arena, name)[...] = p.initial(rng, p.shape)
+            self.slice(arena, name)[...] = p.initial(generator(seed, name), p.shape)
         return arena
 
     def slice(self, arena, name):

@@ -341,7 +341,14 @@ class Step:
 
     def _normalised(self, x):
         """Return images as the network takes them: uint8 pixels as the source's would be, floats as they are."""
-        return self.source.normalise(x) if x.dtype == np.uint8 and self.source is not None else x
+        if x.dtype != np.uint8 or self.source is None:
+            return x
+        if self.source.split.images.dtype != np.uint8:
+            raise GpunetError(
+                f"{self.source.name}: x: expected floats as the network takes them, for its images are floats and no "
+                "pixels; got uint8; a Predictor takes raw pixels"
+            )
+        return self.source.normalise(x)
 
     def _check_inputs(self, x, y):
         """Return (x, dense targets); labels become one-hot rows."""

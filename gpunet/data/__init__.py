@@ -13,7 +13,7 @@ from gpunet.data.dataset import Arrays, DataNotFound, DataSet, Split, hold_out, 
 from gpunet.data.folder import load_folder
 from gpunet.data.picture import open_image, prepare_image
 from gpunet.data.shapes import load_shapes
-from gpunet.data.sheet import Report, captioned_sheet, check, contact_sheet
+from gpunet.data.sheet import Report, captioned_sheet, check, contact_sheet, preprocess_sheet
 from gpunet.data.statistics import channel_statistics, mean_image
 from gpunet.errors import GpunetError
 
@@ -32,6 +32,7 @@ __all__ = [
     "mean_image",
     "open_image",
     "prepare_image",
+    "preprocess_sheet",
     "subset",
 ]
 

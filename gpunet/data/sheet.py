@@ -27,7 +27,43 @@ def contact_sheet(split, classes, columns=12):
     else:
         rows = [np.flatnonzero(split.labels == i)[:columns] for i in range(len(classes))]
         names = [f"{name} ({np.count_nonzero(split.labels == i):,})" for i, name in enumerate(classes)]
-    height, width, _ = split.images.shape[1:]
+    return _rows(names, [_visible(split.images[index]) for index in rows], columns)
+
+
+def preprocess_sheet(images, preprocess, mean, scale, average, columns=12):
+    """Return a Pillow image of what becomes of the first images (n, h, w, c): a row for each stage under its name.
+
+    Stages: the images, each of a Preprocess, and (x - mean) * scale, what the network takes. Below: `average`, the mean
+    image of the training images, and the leading eigenvectors. Each row is shown from its 1st to its 99th percentile,
+    each eigenvector from its own lowest to its highest value.
+    """
+    x, stages = images[:columns], [("images", images[:columns])]
+    for stage, name in ((preprocess.gcn, "gcn"), (preprocess.whitening, getattr(preprocess.whitening, "kind", ""))):
+        if stage is not None:
+            x = stage(x)
+            stages.append((name, x))
+    stages.append(("network's input", (x - mean) * scale))
+    rows = [(name, _visible(_stretched(x))) for name, x in stages] + [
+        ("mean image", _visible(_stretched(average[None])))
+    ]
+    if (whitening := preprocess.whitening) is not None:
+        vectors = whitening.components[:, : 2 * columns].T.reshape(-1, *images.shape[1:])
+        pictures = np.concatenate([_visible(vector[None]) for vector in vectors])
+        for first in range(0, len(pictures), columns):
+            some = pictures[first : first + columns]
+            rows.append((f"eigenvectors {first + 1} to {first + len(some)}", some))
+    names, pictures = zip(*rows, strict=True)
+    return _rows(names, pictures, columns)
+
+
+def _stretched(images):
+    """Return float images cut off at their 1st and 99th percentile; pixels as they are."""
+    return images if images.dtype == np.uint8 else images.clip(*np.percentile(images, (1, 99)))
+
+
+def _rows(names, rows, columns):
+    """Return a Pillow image of rows of pictures, uint8 (n, h, w, 3), each row under its name on the left."""
+    height, width = next(pictures.shape[1:3] for pictures in rows)
     zoom = max(1, 64 // max(height, width))
     height, width = height * zoom, width * zoom
     font = ImageFont.load_default(14)
@@ -35,10 +71,10 @@ def contact_sheet(split, classes, columns=12):
     line = max(height, 18) + GAP
     sheet = Image.new("RGB", (margin + columns * (width + GAP), len(rows) * line + GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    for row, (index, name) in enumerate(zip(rows, names, strict=True)):
+    for row, (pictures, name) in enumerate(zip(rows, names, strict=True)):
         top = GAP + row * line
         pen.text((GAP, top + height // 2), name, fill="black", font=font, anchor="lm")
-        for column, pixels in enumerate(_visible(split.images[index])):
+        for column, pixels in enumerate(pictures):
             picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (margin + column * (width + GAP), top))
     return sheet

@@ -5,11 +5,19 @@ from gpunet.nn import GELU, BatchNorm, Conv2d, Graph, Input, Linear, MaxPool, Sc
 from gpunet.nn.init import HEAD
 
 
-def airbench94(input_shape=(32, 32, 3), classes=10, widths=(64, 256, 256), init="he", whitening_init="he", scale=1 / 9):
+def airbench94(
+    input_shape=(32, 32, 3),
+    classes=10,
+    widths=(64, 256, 256),
+    init=("dirac", 1, "he"),
+    whitening_init="he",
+    scale=1 / 9,
+):
     """airbench94: a frozen 2x2 whitening convolution, then three groups of two 3x3 convolutions: 1,971,640 weights.
 
     The first has two filters for each of the 4 * channels directions of a 2x2 patch; these 288 weights stay, its bias
     trains. Batch normalisation trains no scale. Logits are multiplied by `scale`. init: of the 3x3 convolutions.
+    In a recipe `[init]` with `whiten = ["whitening", 5e-4]` finds the first ones in the training images.
     """
     if len(widths) != 3:
         raise GpunetError(f"airbench94: widths: expected 3, got {widths}")

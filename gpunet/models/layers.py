@@ -5,8 +5,6 @@ import math
 import re
 from difflib import get_close_matches
 
-import numpy as np
-
 from gpunet import nn
 from gpunet.errors import GpunetError
 from gpunet.nn import Graph, Input
@@ -67,7 +65,6 @@ def layers(input_shape=(32, 32, 3), classes=10, layers=()):
         graph = Graph(nodes["input"], nodes[before])
     except GpunetError as error:
         raise GpunetError(f"model layers: {error}") from None
-    _check_values(graph)
     if graph.output_shape != (classes,):
         raise GpunetError(
             f"model layers: expected an output of shape ({classes},), one value a class, got {graph.output_shape} from "
@@ -160,18 +157,6 @@ def _made(place, kind, name, arguments):
         return kind(**arguments, name=name)
     except (GpunetError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise GpunetError(f"{place}: {error}") from None
-
-
-def _check_values(graph):
-    """Draw a few first values of each weight, so that an init's wrong argument is told now, and by the layer's name."""
-    for p in graph.parameters():
-        try:
-            drawn = p.initial(np.random.default_rng(0), tuple(min(s, 2) for s in p.shape))
-            problem = None if np.isfinite(drawn).all() else "expected finite first values"
-        except (GpunetError, TypeError, ValueError, OverflowError) as error:
-            problem = error
-        if problem:
-            raise GpunetError(f"model layers: {p.name}: its init: {problem}")
 
 
 def _check_read(layers, unread):

@@ -1,6 +1,6 @@
 """Layers, the graph they form, losses and initial values."""
 
-from gpunet.nn import init
+from gpunet.nn import data_init, init
 from gpunet.nn.activation import ELU, GELU, Hardswish, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh
 from gpunet.nn.batchnorm import BatchNorm
 from gpunet.nn.conv import Conv2d
@@ -67,6 +67,7 @@ __all__ = [
     "Softplus",
     "StochasticPool",
     "Tanh",
+    "data_init",
     "fuse",
     "init",
 ]

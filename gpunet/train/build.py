@@ -1,13 +1,14 @@
 """From a recipe to objects of the floors below: data, graph, normalisation, sources, step."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
 from gpunet import data, models
 from gpunet.core.source import Source
 from gpunet.core.step import Step
-from gpunet.data import cifar, folder, shapes
+from gpunet.data import cifar, folder, preprocess, shapes
 from gpunet.errors import GpunetError
 from gpunet.optim import OPTIMIZERS
 from gpunet.train import start, watch
@@ -75,14 +76,48 @@ def _arguments_of(section, named):
         raise GpunetError(f"[{section}] {named.name} with {given or 'no arguments'}: {error}") from None
 
 
+def build_preprocess(config, dataset):
+    """Return the Preprocess that [preprocess] describes, fitted on the training images and on nothing else.
+
+    With [start] normalisation = "checkpoint" it is that of the weights that training starts from.
+    """
+    settings = config.preprocess
+    if settings.whiten == "pca_whiten" and config.augment != type(config.augment)():
+        raise GpunetError(
+            "[augment]: expected no augmentation with preprocess.whiten = 'pca_whiten', whose values are components "
+            "and no longer places of an image; 'zca' has places"
+        )
+    if config.start.normalisation == "checkpoint":
+        return start.preprocess(config)
+    gcn = None
+    if settings.gcn:
+        epsilon = {} if settings.gcn is True else {"epsilon": settings.gcn}
+        gcn = preprocess.GCN(settings.gcn_scale, settings.gcn_bias, **epsilon)
+    return preprocess.fit(
+        dataset.train.images,
+        gcn=gcn,
+        whiten=settings.whiten,
+        components=settings.components,
+        epsilon=settings.epsilon,
+    )
+
+
+def resident(config, dataset):
+    """Return a DataSet of the type and size that training holds; what [preprocess] makes of its pixels is all zeros."""
+    if not config.preprocess.floats:
+        return dataset
+    splits = dataset.splits.items()
+    return replace(dataset, **{n: replace(s, images=np.zeros(s.images.shape, np.float32)) for n, s in splits})
+
+
 def build_normalisation(config, dataset):
-    """Return (mean, scale) from [augment] and the training images: each one value, one a channel, or one a pixel.
+    """Return (mean, scale) of [preprocess] for its DataSet's training images: each one value, one a channel or a pixel.
 
     With [start] normalisation = "checkpoint" they are those of the weights that training starts from.
     """
     if config.start.normalisation == "checkpoint":
         return start.normalisation(config)
-    mean, scale = config.augment.mean, config.augment.scale
+    mean, scale = config.preprocess.affine
     if "channel" in (mean, scale):
         means, deviations = data.channel_statistics(dataset)
         mean = means if mean == "channel" else mean
@@ -90,6 +125,23 @@ def build_normalisation(config, dataset):
             scale = 1 / np.where(deviations > 0, deviations, 1)  # 0: a channel that never changes
     mean = data.mean_image(dataset) if isinstance(mean, str) else mean
     return np.asarray(mean, np.float64), np.asarray(scale, np.float64)
+
+
+def preprocessed_sheet(config, dataset, name="train"):
+    """Return a Pillow image of what [preprocess] makes of a split's first images, class by class in turn."""
+    split = pick_split(dataset, name)
+    places = range(len(split))
+    if split.labels is not None:  # one of each class, then the next of each
+        rank = np.zeros(len(split), np.int64)
+        for label in range(len(dataset.classes)):
+            mine = split.labels == label
+            rank[mine] = np.arange(np.count_nonzero(mine))
+        places = np.lexsort((split.labels, rank))
+    images = split.images[places[:12]]
+    made = build_preprocess(config, dataset)
+    found = any(isinstance(value, str) for value in config.preprocess.affine)  # else they need no image
+    mean, scale = build_normalisation(config, made.of(dataset, ["train"]) if found else dataset)
+    return data.preprocess_sheet(images, made, mean, scale, data.mean_image(dataset))
 
 
 def build_source(config, name, dataset, mean, scale):

@@ -1,8 +1,9 @@
 """Checkpoints: everything a network needs to go on, in one safetensors file. Never half written, nothing in it is run.
 
-Tensors are named weights/<parameter>, statistics/<parameter>, optimizer/<slot>/<parameter>, input/mean, input/scale;
-all else is JSON in the file's metadata, under "gpunet". Beside it, under "sha256", stands the digest of the whole file
-with 64 zeros in the digest's place: a byte that changed anywhere is noticed when the file is read.
+Tensors are named weights/<parameter>, statistics/<parameter>, optimizer/<slot>/<parameter>, input/mean, input/scale
+and what else images go through (gpunet.data.preprocess); all else is JSON in the file's metadata, under "gpunet".
+Beside it, under "sha256", stands the digest of the whole file with 64 zeros in the digest's place: a byte that changed
+anywhere is noticed when the file is read.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from gpunet.core import random
 from gpunet.core.state import new_state
 from gpunet.errors import GpunetError
 
-FORMAT = 2
+FORMAT = 3
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # raised by what reads it
 SEAL, BLANK = b'"sha256":"', b"0" * 64  # as they stand in the header; inside the other JSON quotes are escaped
 
@@ -44,14 +45,18 @@ class Checkpoint:
     checksum: str = ""
 
     @classmethod
-    def of(cls, step, mean, scale, about):
-        """Return what a step holds now; mean and scale are those of its images."""
+    def of(cls, step, mean, scale, about, preprocess=None):
+        """Return what a step holds now; mean, scale and a Preprocess are those of its images."""
         state = step.state
         return cls(
             step.weights.copy(),
             step.statistics.copy(),
             {slot: tensors.copy() for slot, tensors in step.optimizer_state.items()},
-            {"mean": np.asarray(mean, np.float64), "scale": np.asarray(scale, np.float64)},
+            {
+                "mean": np.asarray(mean, np.float64),
+                "scale": np.asarray(scale, np.float64),
+                **(preprocess.arrays() if preprocess else {}),
+            },
             {name: state[name].tolist() for name in state.dtype.names},
             about,
         )

@@ -21,11 +21,14 @@ from gpunet.data import LOADERS
 from gpunet.errors import GpunetError
 from gpunet.models import MODELS
 from gpunet.nn import LOSSES
+from gpunet.nn.init import named
 from gpunet.optim.schedules import SCHEDULES
 
+BARE = re.compile("[A-Za-z0-9_-]+")  # a key of TOML without quotes
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -56,17 +59,44 @@ class Data(Named):
         return self.model_dump(exclude={"name"}, exclude_none=True)
 
 
-class Augment(Section):
-    """x = (pixel - mean) * scale, on a random crop of the image padded by `crop` pixels, flipped or not.
+class Preprocess(Section):
+    """What is done to every image, in training and ever after: gcn, then whiten, then x = (pixel - mean) * scale.
 
-    mean: "channel", "image" or values of the training images; scale: "channel" for 1/sd, or factors.
+    All of it is found from the training images. gcn: each image gets mean 0 and deviation `gcn_scale`, by
+    gcn_scale * (x - mean) / max(gcn, sqrt(gcn_bias + variance)); true is 1e-8. whiten: "pca", images as their first
+    components have them; "pca_whiten", the components over sqrt(variance + epsilon), which are no longer places;
+    "zca", images again, whose pixels are uncorrelated. components: how many, or the share of the variance that they
+    have, below 1; all unless told. epsilon: in units of the mean variance of a pixel. mean: "channel", "image" or
+    values; scale: "channel" for 1/sd, or factors; unless told "channel", but 0 and 1 after "pca_whiten" and "zca".
     """
+
+    gcn: bool | Positive = False
+    gcn_scale: Positive = 1.0
+    gcn_bias: Annotated[float, Field(ge=0)] = 0.0
+    whiten: Literal["none", "pca", "pca_whiten", "zca"] = "none"
+    components: Count | Annotated[float, Field(gt=0, lt=1)] | None = None
+    epsilon: Positive = 0.1
+    mean: Literal["channel", "image"] | float | list[float] | None = None
+    scale: Literal["channel"] | float | list[float] | None = None
+
+    @property
+    def floats(self):
+        """Whether images become float32 numbers before training; else they stay pixels."""
+        return bool(self.gcn) or self.whiten != "none"
+
+    @property
+    def affine(self):
+        """(mean, scale) as set, or what they are unless set."""
+        default = (0.0, 1.0) if self.whiten in ("pca_whiten", "zca") else ("channel", "channel")
+        return tuple(d if v is None else v for v, d in zip((self.mean, self.scale), default, strict=True))
+
+
+class Augment(Section):
+    """A random crop of the image padded by `crop` pixels, flipped or not; of training images alone."""
 
     flip: bool = False
     crop: Natural = 0
     reflect: bool = False
-    mean: Literal["channel", "image"] | float | list[float] = "channel"
-    scale: Literal["channel"] | float | list[float] = "channel"
 
 
 class Optimizer(Section):
@@ -124,7 +154,8 @@ class Start(Section):
 
     freeze, replace: names of layers or weights, or patterns of them, such as "stage1.*": the first keep their values,
     the second start fresh although the file has them. Running statistics of frozen layers move on, unless
-    freeze_statistics; then training uses them as prediction does. normalisation: whose mean and scale of images.
+    freeze_statistics; then training uses them as prediction does. normalisation: whose preprocessing of images. Without
+    weights, freeze is for those that [init] whitens.
     """
 
     weights: str | None = None
@@ -173,10 +204,12 @@ _KINDS = {"schedule": _SCHEDULES, "loss": _LOSSES}  # sections whose keys depend
 
 
 class Config(Section):
-    """A recipe."""
+    """A recipe. init: {pattern of weights: init}, such as {"*": "he"}; later ones win (gpunet.train.initial)."""
 
     model: Named
     data: Data
+    init: dict[str, str | list] = {}
+    preprocess: Preprocess = Preprocess()
     augment: Augment = Augment()
     loss: Loss = _LOSSES["cross_entropy"]()
     optimizer: Optimizer = Optimizer()
@@ -237,6 +270,7 @@ def load_config(name_or_path, overrides=()):
     config = parse_config(table, place, origin)
     _check_arguments("model", config.model, MODELS, place, origin)
     _check_arguments("data", config.data, LOADERS, place, origin)
+    _check_inits(config.init, place, origin)
     config.run.name = config.run.name or path.stem
     if config.data.directory is not None:
         config.data.directory = str(Path(config.data.directory).expanduser().absolute())
@@ -263,18 +297,19 @@ def tables_to_toml(tables):
     """Return sections {name: {key: value}} as TOML, a list of tables an entry a line; what is None is left out."""
     sections = []
     for section, values in tables.items():
-        lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+        lines = [f"{_key(key)} = {_toml(value)}" for key, value in values.items() if value is not None]
         sections.append("\n".join([f"[{section}]", *lines]))
     return "\n\n".join(sections) + "\n"
 
 
-_BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key that TOML takes without quotes
+def _key(name):
+    return name if BARE.fullmatch(name) else _toml(name)
 
 
 def _toml(value):
     """Return a value as TOML writes it, which is as JSON does but for numbers like 1e20 and control characters."""
     if isinstance(value, dict):
-        pairs = (f"{key if _BARE.fullmatch(key) else _toml(key)} = {_toml(v)}" for key, v in value.items())
+        pairs = (f"{_key(key)} = {_toml(v)}" for key, v in value.items())
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple) and any(isinstance(v, dict) for v in value):
         return "\n".join(["[", *(f"    {_toml(v)}," for v in value), "]"])
@@ -298,7 +333,7 @@ def _override(text):
     """Split "section.key=value"; a value that is not TOML is taken as text."""
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
-    if not (equals and dot and section and key) or "." in key:
+    if not (equals and dot and section and key) or ("." in key and section != "init"):
         raise GpunetError(f"--set {text}: expected section.key=value, such as optimizer.lr=0.1")
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
@@ -372,10 +407,28 @@ def _check_arguments(section, named, functions, place, origin):
             raise GpunetError(f"{origin.get((section, key), place)}: {_unknown(section, key, known)}")
 
 
+def _check_inits(inits, place, origin):
+    """Check that each is one that there is, with arguments that it has."""
+    for pattern, value in inits.items():
+        try:
+            named(value)
+        except GpunetError as error:
+            where, text = origin.get(("init", pattern), place), str(error).removeprefix("init: ")
+            raise GpunetError(f"{where}: '{pattern}' in [init]: {text}") from None
+
+
 def _unknown(section, key, known):
     """Return what to say of a section (key None), or of a key in one, that does not exist."""
     what = f"unknown section [{section}]" if key is None else f"unknown key '{key}' in [{section}]"
-    return f"{what}; {nearest(key or section, known)}known: {', '.join(known)}"
+    return f"{what}; {_elsewhere(key) or nearest(key or section, known)}known: {', '.join(known)}"
+
+
+def _elsewhere(key):
+    """Return "[preprocess] has it; " for a key of another section, or nothing."""
+    found = [
+        name for name, field in Config.model_fields.items() if key in getattr(field.annotation, "model_fields", ())
+    ]
+    return f"[{found[0]}] has it; " if found else ""
 
 
 def nearest(wrong, known):

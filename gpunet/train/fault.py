@@ -140,7 +140,7 @@ def _advice(step, config, fault, broken, rows, rate):
     gentler = f"try a lower optimizer.lr ({rate / 10:.1g}), schedule.warmup = 1 or {clip}"
     if getattr(fault, "phase", "") == "batch":
         return (
-            "Look at the data: gpunet data check, values of your own arrays, and augment.mean and augment.scale; "
+            "Look at the data: gpunet data check, values of your own arrays, and preprocess.mean and preprocess.scale; "
             f"{step.types.real} holds up to {_largest(step.types.real):.3g}"
         )
     if broken:

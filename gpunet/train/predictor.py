@@ -4,6 +4,7 @@ import tomllib
 
 import numpy as np
 
+from gpunet.data.preprocess import Preprocess
 from gpunet.errors import GpunetError
 from gpunet.nn import LOSSES
 from gpunet.train.build import build_graph, build_step, pick_split
@@ -13,10 +14,14 @@ from gpunet.train.views import Views
 
 
 class Predictor:
-    """Step, normalisation and class names together; x = (pixel - mean) * scale. loss: the name of the training's."""
+    """Step, class names and what images go through: x = (preprocess(pixel) - mean) * scale.
 
-    def __init__(self, step, mean, scale, classes, loss):
+    loss: the name of the training's.
+    """
+
+    def __init__(self, step, mean, scale, classes, loss, preprocess=None):
         self.step, self.mean, self.scale, self.classes, self.loss = step, mean, scale, tuple(classes), loss
+        self.preprocess = preprocess or Preprocess()
 
     @classmethod
     def load(cls, checkpoint, backend=None):
@@ -26,7 +31,8 @@ class Predictor:
         about = checkpoint.about
         step = build_step(config, build_graph(config, tuple(about["input_shape"]), about["outputs"]))
         checkpoint.restore(step)
-        return cls(step, checkpoint.input["mean"], checkpoint.input["scale"], about["classes"], config.loss.name)
+        images, preprocess = checkpoint.input, Preprocess.from_arrays(checkpoint.input)
+        return cls(step, images["mean"], images["scale"], about["classes"], config.loss.name, preprocess)
 
     def outputs(self, images, views=None):
         """Return the network's output for raw images (n, h, w, c), in pieces of the step's batch.
@@ -37,21 +43,23 @@ class Predictor:
         size, images = self.step.batch, np.asarray(images)
         pieces = [images[i : i + size] for i in range(0, len(images), size)]
         if views is None:
-            return np.concatenate([self.step.predict((p - self.mean) * self.scale) for p in pieces])
-        views = Views(views)
+            return np.concatenate([self.step.predict((self.preprocess(p) - self.mean) * self.scale) for p in pieces])
+        views, whitening = Views(views), self.preprocess.whitening
+        if whitening is not None and whitening.kind == "pca_whiten":
+            raise GpunetError("views: expected an image's places; preprocess.whiten = 'pca_whiten' gives components")
         return np.concatenate([self._mean(piece, views) for piece in pieces])
 
     def _mean(self, images, views):
         """Return what `outputs` says for a piece of the images."""
         size, channels = self.step.graph.input_shape[:2], self.step.graph.input_shape[2:]
-        whole = self.mean.ndim == 3 or self.scale.ndim == 3  # a value a pixel
+        whole = self.mean.ndim == 3 or self.scale.ndim == 3 or self.preprocess.whitening is not None  # a value a pixel
         if whole and images.shape[1:3] != size:
             raise GpunetError(
-                f"views: with a mean image, expected images of its size ({size[0]} x {size[1]}), got "
+                f"views: with a mean image or whitening, expected images of the size ({size[0]} x {size[1]}), got "
                 f"{images.shape[1]} x {images.shape[2]}"
             )
         outside = 0.0 if whole else np.broadcast_to((0 - self.mean) * self.scale, channels)  # as training has it
-        seen = views.of((images - self.mean) * self.scale, size, outside)
+        seen = views.of((self.preprocess(images) - self.mean) * self.scale, size, outside)
         return mean_output([self.step.predict(view).astype(np.float64) for view in seen], self.link)
 
     def predict(self, images, views=None):

@@ -20,7 +20,7 @@ from gpunet.core.replay import Replay
 from gpunet.core.step import Step
 from gpunet.core.trace import Share, Trace
 from gpunet.data import DataNotFound, Split, cifar
-from gpunet.train.build import build_data, build_graph, build_normalisation, build_source, build_step, outline
+from gpunet.train.build import build_data, build_graph, build_normalisation, build_source, build_step, outline, resident
 from gpunet.train.text import columns, quantity, size
 
 WARM = 2  # steps before any that counts; a graph is captured in the second
@@ -170,6 +170,7 @@ def profile(config, steps=10):
     train, batch = dataset.train, config.train.batch
     outputs = len(dataset.classes) if train.labels is not None else train.values.shape[1]
     graph = build_graph(config, train.images.shape[1:], outputs)
+    dataset = resident(config, dataset)
     mean, scale = build_normalisation(config, dataset)
     whole = max(len(train) // batch, 1) * batch  # no smaller batch at the end: all steps do the same
     dataset = replace(dataset, train=_first(train, whole))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpunet.core.step import Step
+from gpunet.data.preprocess import Preprocess
 from gpunet.errors import GpunetError
 from gpunet.train.checkpoint import Checkpoint
 from gpunet.train.run import Run
@@ -105,7 +106,7 @@ def freeze_weights(graph, patterns, statistics=False):
     return [p.name for p in chosen]
 
 
-def matching(graph, patterns, key):
+def matching(graph, patterns, key, place=None):
     """Return the names of parameters that patterns match; GpunetError with the nearest names for one without any."""
     weights = {p.name: p.trainable for p in graph.parameters()}
     found = set()
@@ -114,17 +115,23 @@ def matching(graph, patterns, key):
         if not any(weights[name] for name in names):
             known = dict.fromkeys(n for name in weights if weights[name] for n in _around(name))
             near = sorted(known, key=lambda name: _likeness(pattern.rstrip(".*"), name))[-3:]
-            raise GpunetError(f"start: {key}: '{pattern}' matches no weight; nearest: {', '.join(near[::-1])}")
+            raise GpunetError(
+                f"{place or f'start: {key}'}: '{pattern}' matches no weight; nearest: {', '.join(near[::-1])}"
+            )
         found |= names
     return [name for name in weights if name in found]
 
 
-def begin(config, graph):
-    """Do what [start] of a recipe says to a graph; return the Report, or None where it says nothing."""
+def begin(config, graph, found=()):
+    """Do what [start] of a recipe says to a graph; return the Report, or None where it says nothing.
+
+    found: weights whose first values come from the images, which may be frozen without another training's, too.
+    """
     start = config.start
     if start.weights is None:
+        allowed = bool(start.freeze) and set(matching(graph, start.freeze, "freeze")) <= set(found)
         for key in ("freeze", "replace", "freeze_statistics"):
-            if getattr(start, key):
+            if getattr(start, key) and not (key == "freeze" and allowed):
                 raise GpunetError(f"[start]: {key}: expected beside weights, the run or checkpoint file to start from")
         return None
     report = load(
@@ -138,14 +145,33 @@ def begin(config, graph):
     return report
 
 
+def preprocess(config):
+    """Return the Preprocess of the checkpoint that [start] names; [preprocess] has to have the same stages."""
+    checkpoint = _with_images(config)
+    found = Preprocess.from_arrays(checkpoint.input)
+    stages = found.gcn is not None, found.whitening.kind if found.whitening else "none"
+    if stages != (said := (bool(config.preprocess.gcn), config.preprocess.whiten)):
+        raise GpunetError(
+            f"[preprocess]: expected gcn and whiten as in {checkpoint.place}, whose images [start] normalisation takes "
+            f"over: {stages[0]} and '{stages[1]}'; got {said[0]} and '{said[1]}'"
+        )
+    return found
+
+
 def normalisation(config):
     """Return (mean, scale) of the checkpoint that [start] names."""
+    checkpoint = _with_images(config)
+    return checkpoint.input["mean"], checkpoint.input["scale"]
+
+
+def _with_images(config):
+    """Return the checkpoint that [start] names, which has to say what its images went through."""
     if config.start.weights is None:
         raise GpunetError("[start]: normalisation: expected beside weights, the run or checkpoint file to start from")
     checkpoint = find(config.start.weights)
     if not {"mean", "scale"} <= checkpoint.input.keys():
         raise GpunetError(f"{checkpoint.place}: expected mean and scale of its images, which it has not")
-    return checkpoint.input["mean"], checkpoint.input["scale"]
+    return checkpoint
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from gpunet.backends import backend as named
 from gpunet.errors import GpunetError
 from gpunet.nn.fuse import find_chains
-from gpunet.train.build import build_graph, build_source, build_step, outline
+from gpunet.train.build import build_graph, build_source, build_step, outline, resident
 from gpunet.train.text import columns, quantity, size
 
 LARGEST = 2**16  # images in a batch; nobody asks for more
@@ -14,7 +14,7 @@ class Plan:
 
     def __init__(self, config, backend=None, data=None, graph=None):
         self.config, self.backend = config, backend or named(config.train.backend)
-        self.data = data or outline(config)
+        self.data = resident(config, data or outline(config))
         self.graph = graph or build_graph(config, self.data.train.images.shape[1:], len(self.data.classes))
 
     def _step(self, batch=None):

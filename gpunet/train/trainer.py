@@ -9,8 +9,17 @@ import numpy as np
 from gpunet.backends import backend as named
 from gpunet.backends import choose
 from gpunet.core.step import METRICS
+from gpunet.data.preprocess import Preprocess
 from gpunet.errors import GpunetError
-from gpunet.train.build import build_data, build_graph, build_normalisation, build_source, build_step
+from gpunet.train import initial
+from gpunet.train.build import (
+    build_data,
+    build_graph,
+    build_normalisation,
+    build_preprocess,
+    build_source,
+    build_step,
+)
 from gpunet.train.checkpoint import Checkpoint
 from gpunet.train.config import to_toml
 from gpunet.train.fault import explain, not_finite
@@ -50,19 +59,23 @@ class Trainer:
         train = self.data.train
         outputs = len(self.data.classes) if train.labels is not None else train.values.shape[1]
         self.graph = graph if graph is not None else build_graph(config, train.images.shape[1:], outputs)
-        self.started = begin(config, self.graph) if checkpoint is None else None
+        pending = initial.begin(config, self.graph) if checkpoint is None else {}
+        whitened = [name for name, chosen in pending.items() if chosen.name == "whitening"]
+        self.started = begin(config, self.graph, whitened) if checkpoint is None else None
         Plan(config, backend, self.data, self.graph).check()
+        names = ["train", "validation", *["test"] * config.train.monitor_test]
         if checkpoint is None:
-            mean, scale = build_normalisation(config, self.data)
+            preprocess = build_preprocess(config, self.data)
+            held = preprocess.of(self.data, names)
+            mean, scale = build_normalisation(config, held)
         else:
-            mean, scale = checkpoint.input["mean"], checkpoint.input["scale"]
-        self.watched = {
-            name: build_source(config, name, self.data, mean, scale)
-            for name in ("validation", *["test"] * config.train.monitor_test)
-            if name in self.data.splits
-        }
-        self.step = build_step(config, self.graph, build_source(config, "train", self.data, mean, scale), backend)
-        self.predictor = Predictor(self.step, mean, scale, self.data.classes, config.loss.name)
+            preprocess = Preprocess.from_arrays(checkpoint.input)
+            held, mean, scale = preprocess.of(self.data, names), checkpoint.input["mean"], checkpoint.input["scale"]
+        sources = {n: build_source(config, n, held, mean, scale) for n in names if n in held.splits}
+        source, self.watched = sources.pop("train"), sources
+        self.inits = initial.fit(self.graph, _unset(pending, self.started), source, config.train.seed)
+        self.step = build_step(config, self.graph, source, backend)
+        self.predictor = Predictor(self.step, mean, scale, self.data.classes, config.loss.name, preprocess)
         self.pins, self.data_digest = pins(self.step), data_digest(self.data)
         self.resumed = None
 
@@ -104,7 +117,8 @@ class Trainer:
             "pins": self.pins,
             "data": self.data_digest,
         }
-        return Checkpoint.of(self.step, self.predictor.mean, self.predictor.scale, about)
+        made = self.predictor
+        return Checkpoint.of(self.step, made.mean, made.scale, about, made.preprocess)
 
     def fit(self):
         """Train for the epochs, or the steps, of the config and return the Result; the weights are then the best ones.
@@ -123,6 +137,12 @@ class Trainer:
                 resumed.run.close()
             raise
         return training.run()
+
+
+def _unset(pending, started):
+    """Return those of the weights that wait for images which [start] has not given values to."""
+    taken = started.matched if started else ()
+    return {name: chosen for name, chosen in pending.items() if name not in taken}
 
 
 class NotFinite(GpunetError):
@@ -286,6 +306,10 @@ class _Training:
             self.progress.line("\n".join([self.resumed.line(self.batches), *self.resumed.notes]))
         if self.trainer.started:
             self.progress.line(str(self.trainer.started))
+        if self.trainer.predictor.preprocess:
+            self.progress.line(f"preprocess: {self.trainer.predictor.preprocess}")
+        for line in self.trainer.inits:
+            self.progress.line(line)
         if self.data.note:
             self.progress.line(f"note: {self.data.note}")
         if "validation" not in self.data.splits:
