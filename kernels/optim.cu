@@ -1,4 +1,4 @@
-// The update: norm and verdict, optimizers over the flat arenas, running statistics, counters.
+// The update: norm and verdict, SGD over the flat arenas (other rules: rules.cu), running statistics, counters.
 //
 // An arena has n elements, a multiple of 256, and a parameter starts at such a multiple: table[i//256] is the
 // row of element i in rate, decay, momentum and group, so that one launch serves all parameters. Where
@@ -12,9 +12,14 @@
 //                      else: apply = good = 0, gradient_scale stays; and unless halted before,
 //                          dynamic and loss_scale > 1: loss_scale = max(loss_scale/2, 1), else halt = batch
 //                      table[update % rows] = loss/count, hits/count, count, norm, rate of group 0,
-//                          gradient_scale, verdict, batch, update + 1. verdict: 1 applied, 0 skipped, -1 halted.
+//                          gradient_scale, sum of penalties, verdict, batch, update + 1.
+//                          verdict: 1 applied, 0 skipped, -1 halted.
 //                          The last is 0 while the rest is written: the host may look at any time.
-//   sgd_update         d = g*gradient_scale + decay*w
+//   penalty_sum        penalties[p] = sum of decay/2*w^2 (decoupled: 0) + l1*|w| over part p: n wides in
+//   bias_correction    factors[k] = 1 - beta_k^(update + 1), by squaring in double: the same bits everywhere
+//   probe_shift        probe = w + g*radius/|g|, |g| the root of the sum of norms (0: w); radius 0:
+//                      w + g/(sums[2]*loss_scale)                                          2n wides in, n out
+//   sgd_update         d = g*gradient_scale + decay*w; decoupled: d = g*gradient_scale, first w *= 1 - lr*decay
 //                      lr = rates[min(update, steps - 1)] * lr_scale[group] * rate
 //                      v = momentum*v + d; w -= lr*(nesterov ? d + momentum*v : v)
 //                      caffe: u = momentum*v + lr*d; w -= nesterov ? (1 + momentum)*u - momentum*v : u; v = u
@@ -40,13 +45,44 @@ KERNEL gradient_norm(const wide* g /*n*/, double* norms /*parts*/, long long n, 
     if (threadIdx.x == 0) norms[blockIdx.x] = sum;
 }
 
+// launch: blocks=parts
+KERNEL penalty_sum(const wide* w /*n*/, const int* table /*n//256*/, const wide* decay /*rows*/,
+                   const wide* l1 /*rows*/, double* penalties /*parts*/, int decoupled, int rows, long long n,
+                   int parts) {
+    const long long stop = (blockIdx.x + 1) * n / parts;
+    double sum = 0;
+    for (long long i = blockIdx.x * n / parts + threadIdx.x; i < stop; i += THREADS) {
+        const int row = table[i / 256];
+        const double x = w[i];
+        const double shrink = decoupled ? 0 : 0.5 * decay[row];
+        sum += shrink * x * x + l1[row] * (x < 0 ? -x : x);
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) penalties[blockIdx.x] = sum;
+}
+
 // launch: blocks=1
-KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, const wide* rates /*steps*/,
-                       double* table /*rows*9*/, State* state /*1*/, double clip, int dynamic, int parts,
-                       int steps, int rows) {
+KERNEL bias_correction(const State* state /*1*/, wide* factors /*2*/, double beta1, double beta2) {
+    if (threadIdx.x < 2) {
+        double base = threadIdx.x ? beta2 : beta1, power = 1;
+        for (long long t = state->update + 1; t > 0; t /= 2) {
+            if (t % 2) power *= base;
+            base *= base;
+        }
+        factors[threadIdx.x] = (wide)(1 - power);
+    }
+}
+
+// launch: blocks=1
+KERNEL gradient_finish(const double* norms /*parts*/, const double* penalties /*terms*/, const double* sums /*4*/,
+                       const wide* rates /*steps*/, double* table /*rows*10*/, State* state /*1*/, double clip, int dynamic, int parts,
+                       int terms, int steps, int rows) {
     double squares = 0;
     for (int p = threadIdx.x; p < parts; p += THREADS) squares += norms[p];
     squares = block_sum(squares);
+    double penalty = 0;
+    for (int p = threadIdx.x; p < terms; p += THREADS) penalty += penalties[p];
+    penalty = block_sum(penalty);
     if (threadIdx.x == 0) {
         const double count = sums[2], unit = 1 / (count * state->loss_scale), norm = sqrt(squares) * unit;
         const long long update = state->update;
@@ -69,8 +105,8 @@ KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, 
                     state->halt = state->batch;
             }
         }
-        double* row = table + update % rows * 9;
-        row[8] = 0;
+        double* row = table + update % rows * 10;
+        row[9] = 0;
         __threadfence_system();
         row[0] = sums[0] / count;
         row[1] = sums[1] / count;
@@ -78,10 +114,27 @@ KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, 
         row[3] = norm;
         row[4] = (double)rates[min(update, steps - 1ll)] * state->lr_scale[0];
         row[5] = state->gradient_scale;
-        row[6] = state->halt < 0 ? state->apply : -1;
-        row[7] = (double)state->batch;
+        row[6] = penalty;
+        row[7] = state->halt < 0 ? state->apply : -1;
+        row[8] = (double)state->batch;
         __threadfence_system();
-        row[8] = (double)(update + 1);
+        row[9] = (double)(update + 1);
+    }
+}
+
+// launch: over=n//4
+KERNEL probe_shift(const wide* w /*n*/, const wide* g /*n*/, const double* norms /*parts*/, const double* sums /*4*/,
+                   const State* state /*1*/, wide* probe /*n*/, double radius, long long n, int parts) {
+    double squares = 0;
+    for (int p = threadIdx.x; p < parts; p += THREADS) squares += norms[p];
+    const double norm = sqrt(block_sum(squares)), unit = 1 / (sums[2] * state->loss_scale);
+    const wide way = (wide)(radius == 0 ? unit : norm == 0 ? 0.0 : radius / norm);
+    OVER(i, n / 4) {
+        wide x[4], d[4];
+        load_four(w + 4 * i, 4, x);
+        load_four(g + 4 * i, 4, d);
+        UNROLL for (int j = 0; j < 4; j++) x[j] += way * d[j];
+        store_four(probe + 4 * i, 4, x);
     }
 }
 
@@ -89,7 +142,7 @@ KERNEL gradient_finish(const double* norms /*parts*/, const double* sums /*4*/, 
 KERNEL sgd_update(wide* w /*n*/, const wide* g /*n*/, wide* velocity /*n*/, const int* table /*n//256*/,
                   const wide* rate /*rows*/, const wide* decay /*rows*/, const int* group /*rows*/,
                   const wide* rates /*steps*/, const State* state /*1*/, wide momentum, int nesterov,
-                  int caffe, int rows, int steps, long long n) {
+                  int caffe, int decoupled, int rows, int steps, long long n) {
     if (state->apply == 0) return;
     const wide scale = (wide)state->gradient_scale, now = rates[min(state->update, steps - 1ll)];
     OVER(i, n / 4) {
@@ -100,7 +153,11 @@ KERNEL sgd_update(wide* w /*n*/, const wide* g /*n*/, wide* velocity /*n*/, cons
         load_four(g + 4 * i, 4, d);
         load_four(velocity + 4 * i, 4, v);
         UNROLL for (int j = 0; j < 4; j++) {
-            d[j] = d[j] * scale + shrink * x[j];
+            d[j] *= scale;
+            if (decoupled)
+                x[j] *= 1 - lr * shrink;
+            else
+                d[j] += shrink * x[j];
             const wide before = v[j];
             v[j] = momentum * before + (caffe ? lr * d[j] : d[j]);
             if (caffe)

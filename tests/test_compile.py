@@ -19,7 +19,8 @@ from gpunet.testing import compile as compiling
 FILES = sorted(resources.kernels().glob("*.cu"))
 TYPES = ("float", "double", "half", "bfloat16")
 DOUBLE_IN_FLOAT = {"loss", "optim"}  # sums over a batch or an arena, and State, are in double
-FLOAT_IN_DOUBLE = {"activation", "dropconnect", "loss", "lrn", "softmax"}  # CUDA's exp of a double begins in float
+# CUDA's exp and pow of a double begin in float
+FLOAT_IN_DOUBLE = {"activation", "dropconnect", "loss", "lrn", "rules", "softmax"}
 
 ARITHMETIC = "add|sub|mul|fma|mad|div|rcp|sqrt|rsqrt|neg|abs|min|max|setp|ex2|lg2"
 

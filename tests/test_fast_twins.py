@@ -24,7 +24,7 @@ FAST = {
     if inspect.isfunction(function) and name[0] != "_" and function.__module__.endswith(f".{path.stem}")
 }
 LARGE = {}
-COPIES = ("concat_forward", "concat_backward", "gradient_norm", "sgd_update", "unfold")
+COPIES = ("concat_forward", "concat_backward", "gradient_norm", "penalty_sum", "sgd_update", "adam_update", "unfold")
 
 
 def definition(name):
@@ -393,6 +393,23 @@ def _norm(rng, dtype, name):
             yield {"g": g, "norms": blank(parts, np.float64), "n": n, "parts": parts}
 
 
+@large("penalty_sum")
+def _penalty(rng, dtype, name):
+    blocks, rows = 203, 9
+    for variant in range(4):
+        yield {
+            "w": random(rng, blocks * 256, dtype),
+            "table": np.sort(rng.integers(0, rows, blocks)).astype(np.int32),
+            "decay": positive(rng, rows, dtype),
+            "l1": positive(rng, rows, dtype) * (variant % 2),
+            "penalties": blank(1, np.float64),
+            "decoupled": variant // 2,
+            "rows": rows,
+            "n": blocks * 256,
+            "parts": 1,
+        }
+
+
 @large("sgd_update")
 def _sgd(rng, dtype, name):
     blocks, rows, steps = 203, 9, 5
@@ -413,9 +430,26 @@ def _sgd(rng, dtype, name):
             "momentum": 0.9,
             "nesterov": variant >> 1 & 1,
             "caffe": variant >> 2,
+            "decoupled": 0,
             "rows": rows,
             "steps": steps,
             "n": n,
+        }
+
+
+@large("adam_update")
+def _adam(rng, dtype, name):
+    for variant, a in enumerate(_sgd(rng, dtype, "sgd_update")):
+        settings = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-3, "decoupled": variant % 2}
+        yield {
+            "w": a["w"],
+            "g": a["g"],
+            "mean": a["velocity"],
+            "square": positive(rng, a["n"], dtype),
+            **{key: a[key] for key in ("table", "rate", "decay", "group", "rates", "state")},
+            "correction": np.array([0.3, 0.02], dtype),
+            **settings,
+            **{key: a[key] for key in ("rows", "steps", "n")},
         }
 
 

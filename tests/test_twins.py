@@ -7,6 +7,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+import rule_oracles
 from layer_oracles import ORACLES as LAYERS
 from test_random import feistel, words
 
@@ -30,7 +31,7 @@ from gpunet.testing.tolerance import TOLERANCE, assert_close
 
 TWINS = {k.name: getattr(import_module(f"gpunet.backends.numpy.{k.stem}"), k.name) for k in sources.kernels().values()}
 TYPES = {name: Types.of(name) for name in ("float32", "float64", "float16", "bfloat16")}
-ORACLES = {**LAYERS}
+ORACLES = {**LAYERS, **{name: (function, name) for name, function in rule_oracles.ORACLES.items()}}
 
 
 def oracle(*kernels):
@@ -621,7 +622,7 @@ def _(name, g, norms, n, parts):
 
 
 @oracle("gradient_finish")
-def _(name, norms, sums, rates, table, state, clip, dynamic, parts, steps, rows):
+def _(name, norms, penalties, sums, rates, table, state, clip, dynamic, parts, terms, steps, rows):
     loss_sum, hits, count, _ = sums.tolist()
     scale, batch, update = float(state["loss_scale"]), int(state["batch"]), int(state["update"])
     norm = math.sqrt(sum(norms.tolist())) / count / scale
@@ -646,18 +647,21 @@ def _(name, norms, sums, rates, table, state, clip, dynamic, parts, steps, rows)
             state["halt"] = batch
     rate = rates[min(update, steps - 1)] * state["lr_scale"][0]
     table[update % rows] = (
-        loss_sum / count, hits / count, count, norm, rate, state["gradient_scale"],
+        loss_sum / count, hits / count, count, norm, rate, state["gradient_scale"], math.fsum(penalties),
         float(finite) if state["halt"] == -1 else -1, batch, update + 1,
     )  # fmt: skip
     return {"table": table, "state": state}
 
 
 @oracle("sgd_update")
-def _(name, w, g, velocity, table, rate, decay, group, rates, state, momentum, nesterov, caffe, rows, steps, n):
+def _(
+    name, w, g, velocity, table, rate, decay, group, rates, state, momentum, nesterov, caffe, decoupled, rows, steps, n
+):
     for i in range(n if state["apply"] else 0):
         row = table[i // 256]
         lr = rates[min(int(state["update"]), steps - 1)] * state["lr_scale"][group[row]] * rate[row]
-        d = g[i] * state["gradient_scale"] + decay[row] * w[i]
+        d = g[i] * state["gradient_scale"] + (0 if decoupled else decay[row] * w[i])
+        w[i] -= lr * decay[row] * w[i] if decoupled else 0
         old = velocity[i]
         if caffe:  # as Caffe's solver: the history holds whole steps
             velocity[i] = momentum * old + lr * d
@@ -910,7 +914,7 @@ def test_both_forms_of_sgd_agree_while_the_rate_stays():
             now = state(update=update, apply=1)
             optim.sgd_update(
                 w, np.full(256, g), velocity, np.zeros(1, np.int32), one, one / 10, np.zeros(1, np.int32),
-                np.array(lr), now, 0.9, nesterov, caffe, 1, len(lr), 256,
+                np.array(lr), now, 0.9, nesterov, caffe, 0, 1, len(lr), 256,
             )  # fmt: skip
         return w[0]
 
@@ -921,11 +925,11 @@ def test_both_forms_of_sgd_agree_while_the_rate_stays():
 
 def test_a_gradient_of_nothing_is_not_finite():
     """A count of 0 divides to NaN: no update, no warning."""
-    now, table = new_state(), np.zeros((1, 9))
-    optim.gradient_finish(np.zeros(1), np.zeros(4), np.ones(1), table, now, 1.0, 0, 1, 1, 1)
+    now, table, none = new_state(), np.zeros((1, 10)), np.zeros(0)
+    optim.gradient_finish(np.zeros(1), none, np.zeros(4), np.ones(1), table, now, 1.0, 0, 1, 0, 1, 1)
     assert (now["apply"], now["halt"], now["update"]) == (0, 0, 0)
     now["apply"], now["halt"] = 1, -1
-    optim.gradient_finish(np.zeros(1), np.array([3, 1, 2, 1.0]), np.ones(1), table, now, 1.0, 0, 1, 1, 1)
+    optim.gradient_finish(np.zeros(1), none, np.array([3, 1, 2, 1.0]), np.ones(1), table, now, 1.0, 0, 1, 0, 1, 1)
     assert (now["apply"], now["gradient_scale"]) == (1, 0.5)  # and a norm of 0 is not clipped
 
 

@@ -86,6 +86,21 @@ class Layout:
         p = self.parameters[name]
         return arena[self.offsets[name] : self.offsets[name] + p.size].reshape(p.shape)
 
-    def part(self, index, parts):
-        """Return elements (start, stop) of one of `parts` even ranges of whole blocks."""
-        return index * self.blocks // parts * BLOCK, (index + 1) * self.blocks // parts * BLOCK
+    def place(self, name):
+        """Return elements (start, stop) of one parameter, whole blocks."""
+        start = self.offsets[name]
+        return start, start + -(-self.parameters[name].size // BLOCK) * BLOCK
+
+    def part(self, index, parts, whole=False):
+        """Return elements (start, stop) of one of `parts` even ranges of whole blocks, or of whole parameters."""
+        start, stop = (i * self.blocks // parts * BLOCK for i in (index, index + 1))
+        if whole:
+            borders = [*self.offsets.values(), self.size]
+            start, stop = (min(borders, key=lambda b, at=at: abs(b - at)) for at in (start, stop))
+        return start, stop
+
+
+def around(name):
+    """Return a parameter's name and those of the layer and blocks around it: "a.b.weight", "a.b", "a"."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]

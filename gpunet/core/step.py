@@ -8,7 +8,7 @@ The Trainer, custom training loops and tests use this class and nothing below it
     step.predict(x); step.read("stage1.conv.weight:gradient")
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
@@ -21,8 +21,10 @@ from gpunet.core.trace import Share, Trace
 from gpunet.core.window import Window
 from gpunet.errors import GpunetError
 
-METRICS = ("loss", "accuracy", "count", "norm", "rate", "scale", "applied", "batch")  # in the table, then a stamp
+# The columns of the table, then a stamp.
+METRICS = ("loss", "accuracy", "count", "norm", "rate", "scale", "penalty", "applied", "batch")
 APPLIED = METRICS.index("applied")
+LONG = 32  # batches that one launch of a graph takes at most
 ROWS = 4096  # updates the metrics table remembers
 
 
@@ -35,16 +37,20 @@ class Step:
     source: where `gradient()` draws its batches. keep: patterns of tensors that `read` returns after a replay, such
     as "stage1.*:output", "head:output_gradient" or "input:gradient". backend: an object, or a name ("auto": the GPU
     where there is one); one that fuses layers keeps no outputs between those. What is kept is read after `gradient`
-    or `predict`: an `update` behind it may use the same memory.
+    or `predict`: an `update` behind it may use the same memory. average: traces an average of the weights behind the
+    optimizer; `predict`, `evaluate` and checkpoints then take it in place of the weights.
     """
 
     def __init__(self, graph, loss=None, optimizer=None, *, batch, dtype="float32", backend="numpy", replicas=None,
-                 seed=0, source=None, rates=None, keep=()):  # fmt: skip
+                 seed=0, source=None, rates=None, keep=(), average=None):  # fmt: skip
         self.backend = _named(backend) if isinstance(backend, str) else backend
         self.graph = graph.fused() if self.backend.fuses else graph
-        self.loss, self.optimizer = loss, optimizer
+        self.loss, self.optimizer, self.average = loss, optimizer, average
         self.batch, self.seed, self.source, self.keep = batch, seed, source, tuple(keep)
         self._check(batch, source)
+        self.slots = (*getattr(optimizer, "slots", ()), *["average"] * (average is not None))
+        if len(set(self.slots)) < len(self.slots):
+            raise GpunetError(f"average: {type(optimizer).__name__} keeps an average itself; expected None")
         self.types = Types.of(dtype)
         self.replicas = max(1, min(replicas or self.backend.replicas, batch))
         parameters = graph.parameters()
@@ -91,6 +97,9 @@ class Step:
             keys += self._next_gradient(number % accumulate != 1 % accumulate)
             keys += [("update",)] * (number % accumulate == 0) + [("advance", self.source.name)]
             self._batch += 1
+            if accumulate > LONG:  # a graph of a whole epoch's batches would be too large
+                self._run(keys)
+                keys = []
         self._run(keys)
 
     def gradient(self, x=None, y=None, *, accumulate=False):
@@ -153,6 +162,27 @@ class Step:
                 self.state = before
         return _means(self._arenas.sum("evaluation"))
 
+    def estimate(self, batches=50):
+        """Set the running statistics to their means over so many of the source's batches, at the averaged weights.
+
+        Those that training follows are of other weights. Does nothing without an average or without such statistics.
+        """
+        if self.averages is None or not self.layouts["statistics"].parameters:
+            return
+        batches, before = min(batches, len(self.source) // self.batch), self.state
+        record = new_state()
+        record["apply"] = 1
+        self._arenas.set("state", record)
+        try:
+            self._replay.run(self._order(self.source))
+            for number in range(batches):
+                self._enter(self.source, number, [])
+                self._replay.run([("statistics", number > 0), ("advance", self.source.name)])
+            self._arenas.set("evaluation", np.array([0.0, 0, 0, batches]))
+            self._replay.run([("estimate",)])
+        finally:
+            self.state = before
+
     # What can be read and set
 
     @property
@@ -170,13 +200,27 @@ class Step:
         """{slot: {parameter: array}}: what the optimizer keeps between updates."""
         layout = self.layouts["weights"]
         return {
-            slot: Tensors(self._arenas, slot, dict.fromkeys(layout.parameters, (slot, layout)))
-            for slot in _slots(self.optimizer)
+            slot: Tensors(self._arenas, slot, dict.fromkeys(layout.parameters, (slot, layout))) for slot in self.slots
         }
 
-    def _tensors(self, kind, belongs):
-        """Return the parameters for which `belongs` holds, in the network's order, from whichever arena has them."""
-        places = {name: (arena, layout) for arena, layout in self.layouts.items() for name in layout.parameters}
+    @property
+    def averages(self):
+        """The averaged weights by name and the frozen ones, or None where no average is kept."""
+        if "average" not in self.slots:
+            return None
+        return self._tensors("averages", lambda p: p.trainable, {"weights": "average"})
+
+    def _tensors(self, kind, belongs, instead=()):
+        """Return the parameters for which `belongs` holds, in the network's order, from whichever arena has them.
+
+        instead: arenas to take in the place of others.
+        """
+        instead = dict(instead)
+        places = {
+            name: (instead.get(arena, arena), layout)
+            for arena, layout in self.layouts.items()
+            for name in layout.parameters
+        }
         named = {p.name: places[p.name] for p in self.graph.parameters() if belongs(p)}
         return Tensors(self._arenas, kind, named)
 
@@ -304,8 +348,18 @@ class Step:
             declare(f"{name}.{column}", values.shape, dtype, lambda values=values: values, shared=True)
         declare("gradient", (self.layouts["weights"].size,), wide)
         declare("batch_statistics", (self.layouts["statistics"].size,), wide)
-        for slot in _slots(self.optimizer):
+        for slot in self.slots:
             declare(slot, (self.layouts["weights"].size,), wide, shared=True)
+        if probe := getattr(self.optimizer, "probe", None):
+            declare("probe", (self.layouts["weights"].size,), wide, shared=True)
+            declare(*({*probe} - {"gradient"}), (self.layouts["weights"].size,), wide)
+        tables = self.optimizer.tables(self.layouts["weights"]) if hasattr(self.optimizer, "tables") else {}
+        for name, values in tables.items():
+            values = values.astype(wide) if values.dtype.kind == "f" else values
+            declare(f"weights.{name}", values.shape, values.dtype, lambda values=values: values, shared=True)
+        if self.averages is not None:
+            follows = (self.layouts["statistics"].rows("rate", wide) > 0).astype(wide)
+            declare("statistics.follows", follows.shape, wide, lambda: follows, shared=True)
         declare("rates", self.rates.shape, wide, lambda: self.rates, shared=True)
         declare("state", (), STATE, lambda: new_state(LOSS_SCALE if self.types.scaled else 1))
         declare("sums", (4,), np.float64)
@@ -426,13 +480,13 @@ class Step:
         kind = key[0]
         n = key[1] if kind == "gradient" else self.batch
         active = min(self.replicas, n)
-        accumulate = kind == "gradient" and key[2]
+        accumulate = (kind == "gradient" and key[2]) or (kind == "statistics" and key[1])
         t = Trace(
             self.types,
             Share.of(n, min(replica, active - 1), active),
             self.layouts,
             self._arenas,
-            training=kind == "gradient",
+            training=kind in ("gradient", "statistics"),
             engine=self.backend.engine(self.types),
             parts=self.backend.parts,
             seed=self.seed,
@@ -442,7 +496,8 @@ class Step:
         getattr(self, f"_trace_{kind}")(t, *key[1:])
         if replica < active:
             return t, None
-        return t, () if accumulate else ("gradient", "sums")
+        probe = getattr(self.optimizer, "probe", None) or ("gradient", "gradient")
+        return t, () if accumulate else (*dict.fromkeys(probe), "sums")
 
     def _trace_gradient(self, t, n, accumulate, direct):
         with t.at("batch"):
@@ -450,10 +505,10 @@ class Step:
                 x, targets = self._input(t, "input"), self._input(t, "targets")
             else:
                 x, targets = self.source.trace_batch(t, "state", self.batch, augment=True)
-        y, saved = self.graph.forward(t, x)
-        t.mark("prediction", y)
-        dy = self._trace_loss(t, y, targets, "state", "sums", int(accumulate))
-        self.graph.backward(t, dy, saved)
+        if probe := getattr(self.optimizer, "probe", None):
+            self._trace_probe(t, x, targets, accumulate, *probe)
+        else:
+            self._trace_passes(t, x, targets, t.arena("sums"), accumulate)
         t.barrier()  # the next program may write what a slow replica still reads: its part of a sum, the order
         unused = self.layouts["weights"].parameters.keys() - t.written
         if unused:
@@ -461,25 +516,76 @@ class Step:
                 f"{min(unused)}: a trainable weight that no layer gives a gradient; use it or make it a constant"
             )
 
+    def _trace_passes(self, t, x, targets, sums, accumulate):
+        """Trace forward, loss and backward."""
+        y, saved = self.graph.forward(t, x)
+        t.mark("prediction", y)
+        dy = self._trace_loss(t, y, targets, "state", sums, int(accumulate))
+        self.graph.backward(t, dy, saved)
+
+    def _trace_probe(self, t, x, targets, accumulate, first, second):
+        """Trace a gradient at the weights, into arena `first`, and one at the weights moved along it, into `second`.
+
+        Loss, statistics and what is kept are those of the first.
+        """
+        if accumulate and first == "gradient":
+            name = type(self.optimizer).__name__
+            raise GpunetError(f"{name}: accumulate: expected 1: it compares gradients of a batch")
+        with t.bound(**({"gradient": first} if first != "gradient" else {})):
+            self._trace_passes(t, x, targets, t.arena("sums"), accumulate)
+        with t.at("probe"):
+            total, sums = t.reduce(t.arena(first)), t.reduce(t.arena("sums"))
+            parts = self.backend.parts(total.size // BLOCK, 1)
+            norms = t.empty((parts,), np.float64)
+            t.launch("gradient_norm", total, norms, total.size, parts)
+            start, stop = self.layouts["weights"].part(t.share.index, t.share.count)
+            w, probe = (t.arena(a).slice(start, stop) for a in ("weights", "probe"))
+            arguments = (norms, sums, t.arena("state"), probe, self.optimizer.radius, stop - start, parts)
+            t.launch("probe_shift", w, total.slice(start, stop), *arguments)
+            t.barrier()  # each replica has written its part of the probe
+        with t.bound(quiet=True, weights="probe", **({"gradient": second} if second != "gradient" else {})):
+            self._trace_passes(t, x, targets, t.empty((4,), np.float64), False)
+
     def _trace_evaluate(self, t, name):
         source = self._sources[name]
         with t.at("batch"):
             x, targets = source.trace_batch(t, _state_of(self, source), self.batch, augment=False)
-        y, _ = self.graph.forward(t, x)
-        self._trace_loss(t, y, targets, _state_of(self, source), "evaluation", 1)
+        with self._averaged(t):
+            y, _ = self.graph.forward(t, x)
+        self._trace_loss(t, y, targets, _state_of(self, source), t.arena("evaluation"), 1)
 
     def _trace_predict(self, t):
-        y, _ = self.graph.forward(t, self._input(t, "input"))
+        with self._averaged(t):
+            y, _ = self.graph.forward(t, self._input(t, "input"))
         t.mark("prediction", y)
 
+    def _averaged(self, t):
+        """Return the context in which a program takes the averaged weights, where there are any."""
+        return t.bound(weights="average") if "average" in self.slots else nullcontext()
+
+    def _trace_statistics(self, t, accumulate):
+        with t.at("batch"):
+            x, _ = self.source.trace_batch(t, "state", self.batch, augment=True)
+        with self._averaged(t):
+            self.graph.forward(t, x)
+        t.barrier()
+
+    def _trace_estimate(self, t):
+        layout, names = self.layouts["statistics"], ("statistics", "batch_statistics", "statistics.table")
+        if t.share.index == 0:
+            arenas = [t.arena(name) for name in (*names, "statistics.follows", "evaluation", "state")]
+            t.launch("statistics_update", *arenas, len(layout.parameters), layout.size)
+        t.barrier()
+
     def _trace_loss(self, t, y, targets, state, sums, accumulate):
+        """Trace the loss; `sums` is added to where `accumulate` is 1."""
         if self.loss is None:
             raise GpunetError("this step has no loss; it can only predict")
         n = t.share.size
         with t.at("loss"):
             losses, hits = t.empty((n,), t.wide), t.empty((n,), np.int32)
             dy = self.loss.trace(t, y, targets, losses, hits, t.arena(state))
-            t.launch("metrics_sum", losses, hits, t.arena(sums), accumulate, n)
+            t.launch("metrics_sum", losses, hits, sums, accumulate, n)
         return dy
 
     def _trace_update(self, t):
@@ -487,20 +593,24 @@ class Step:
         if self.optimizer is None:
             raise GpunetError("update: this step has no optimizer")
         state = t.arena("state")
-        start, stop = self.layouts["weights"].part(t.share.index, t.share.count)
+        whole = getattr(self.optimizer, "whole", False)
+        start, stop = self.layouts["weights"].part(t.share.index, t.share.count, whole)
         with t.at("gradient_finish"):
             parts = self.backend.parts(self.layouts["weights"].size // (BLOCK * t.share.count), 1)
             sums, norms = t.reduce(t.arena("sums")), t.empty((parts,), np.float64)
             gradient = t.arena("gradient").slice(start, stop)
             t.reduce_part(gradient)
             t.launch("gradient_norm", gradient, norms, stop - start, parts)
-            norms = t.gather(norms)
+            norms, penalties = t.gather(norms), self._trace_penalties(t, start, stop, parts)
             clip = getattr(self.optimizer, "clip", 0.0)
-            sizes = (norms.size, len(self.rates), ROWS)
+            sizes = (norms.size, penalties.size, len(self.rates), ROWS)
             arenas = (t.arena("rates"), t.arena("metrics"), state)
-            t.launch("gradient_finish", norms, sums, *arenas, clip, int(self.types.scaled), *sizes)
+            t.launch("gradient_finish", norms, penalties, sums, *arenas, clip, int(self.types.scaled), *sizes)
         with t.at("optimizer"):
             self.optimizer.trace(t, start, stop)
+        if self.average is not None:
+            with t.at("average"):
+                self.average.trace(t, start, stop)
         layout = self.layouts["statistics"]
         with t.at("statistics"):
             if t.share.index == 0 and layout.parameters:
@@ -511,6 +621,16 @@ class Step:
                 t.launch("statistics_update", *arenas, state, len(layout.parameters), layout.size)
             t.launch("state_update", state)
         t.barrier()
+
+    def _trace_penalties(self, t, start, stop, parts):
+        """Return the parts of what L2 and L1 add to the mean loss; none where the optimizer has neither."""
+        if not getattr(self.optimizer, "penalised", False):
+            return t.empty((0,), np.float64)
+        penalties, decay, l1 = t.empty((parts,), np.float64), t.arena("weights.decay"), t.arena("weights.l1")
+        weights, table = t.arena("weights").slice(start, stop), t.arena("weights.table")
+        table, decoupled = table.slice(start // BLOCK, stop // BLOCK), int(self.optimizer.decoupled)
+        t.launch("penalty_sum", weights, table, decay, l1, penalties, decoupled, l1.size, stop - start, parts)
+        return t.gather(penalties)
 
     def _trace_advance(self, t, name):
         if name is None:
@@ -541,10 +661,6 @@ def _named(backend):
 def _state_of(step, source):
     """Return the arena of the State that counts a source's batches."""
     return "state" if source is step.source else f"{source.name}.state"
-
-
-def _slots(optimizer):
-    return getattr(optimizer, "slots", ())
 
 
 def _means(sums):

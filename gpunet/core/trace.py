@@ -151,6 +151,7 @@ class Trace:
         self._external = {}
         self._operands = {}
         self._written = set()
+        self._bound, self._quiet = {}, False
 
     # Places in the network
 
@@ -202,22 +203,50 @@ class Trace:
         shape, dtype = self._arenas[name]
         return Tensor(self._external[name], tuple(shape), np.dtype(dtype))
 
+    @contextmanager
+    def bound(self, quiet=False, **arenas):
+        """Let what is traced inside use other arenas: bound(weights="average"), bound(gradient="first_gradient").
+
+        A gradient that goes to another arena overwrites what is there, in an accumulating program too. quiet: no tensor
+        is marked, and batch statistics go nowhere.
+        """
+        before = self._bound, self._accumulate, self._keep, self._quiet
+        written, self._written, self._bound, self._quiet = self._written, set(), arenas, quiet
+        if quiet:
+            self._keep = ()
+        if "gradient" in arenas:
+            self._accumulate = False
+        try:
+            yield
+        finally:
+            self._bound, self._accumulate, self._keep, self._quiet = before
+            self._written |= written
+
     def weight(self, p):
         """Return a parameter's tensor."""
         name = self._arena_of(p)
-        return self._parameter(self.arena(name), name, p)
+        return self._parameter(self.arena(self._bound.get(name, name)), name, p)
+
+    def parameters(self):
+        """Return {name: parameter} of the weights that train, in the order of their arena and its tables."""
+        return self._layouts["weights"].parameters
+
+    def place(self, name):
+        """Return (start, stop) of a weight in its arena, in elements, whole blocks."""
+        return self._layouts["weights"].place(name)
 
     def operand(self, p):
         """Return a weight in `real`, as products take it; a program's first call casts the whole arena, once."""
         if self.real == self.wide:
             return self.weight(p)
         name = self._arena_of(p)
-        if name not in self._operands:
-            wide = self.arena(name)
+        arena = self._bound.get(name, name)
+        if arena not in self._operands:
+            wide = self.arena(arena)
             with self.at("operands"):
-                self._operands[name] = self.empty(wide.shape)
-                self.launch("cast_forward", wide, self._operands[name], wide.size)
-        return self._parameter(self._operands[name], name, p)
+                self._operands[arena] = self.empty(wide.shape)
+                self.launch("cast_forward", wide, self._operands[arena], wide.size)
+        return self._parameter(self._operands[arena], name, p)
 
     def frozen(self, p):
         """Whether a parameter keeps its value in this step."""
@@ -237,14 +266,14 @@ class Trace:
         """Return (tensor, accumulate): where this batch's value of a running statistic goes."""
         if p.name in self._written:
             raise GpunetError(f"{self.path}: expected one call of a layer with running statistics, got another")
-        if self.frozen(p):
+        if self.frozen(p) or self._quiet:
             return self.empty(p.shape, self.wide), 0
         return self._result("batch_statistics", "statistics", p)
 
     def _result(self, arena, layout, p):
         again = self._accumulate or p.name in self._written
         self._written.add(p.name)
-        return self._parameter(self.arena(arena), layout, p), int(again)
+        return self._parameter(self.arena(self._bound.get(arena, arena)), layout, p), int(again)
 
     def _arena_of(self, p):
         """Return the name of the arena, and of the layout, that holds a parameter."""

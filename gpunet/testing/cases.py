@@ -1012,15 +1012,18 @@ def _gradient_finish(rng, size, real, wide):
         norms[-1] = [np.inf, np.nan][size % 2]
     if broken == "loss":
         sums[0] = [np.inf, np.nan][size % 2]
+    terms = [0, 1, 300][size % 3]
     return {
         "norms": norms,
+        "penalties": rng.uniform(0, 1, terms),
         "sums": sums,
         "rates": positive(rng, steps, wide),
-        "table": rng.normal(size=(rows, 9)),
+        "table": rng.normal(size=(rows, 10)),
         "state": state(**fields),
         "clip": clip,
         "dynamic": dynamic,
         "parts": parts,
+        "terms": terms,
         "steps": steps,
         "rows": rows,
     }
@@ -1051,10 +1054,25 @@ def _sgd_update(rng, size, real, wide):
         "momentum": [0.9, 0.0][size == 2],
         "nesterov": size % 2,
         "caffe": size // 2 % 2,
+        "decoupled": size // 4 % 2,
         "rows": rows,
         "steps": steps,
         "n": n,
     }
+
+
+@case("penalty_sum")
+def _penalty_sum(rng, size, real, wide):
+    (n, rows, table), parts = _arena(rng, size), PARTS[size]
+    arrays = {"w": random(rng, n, wide), "table": table, "decay": positive(rng, rows, wide)}
+    arrays |= {"l1": rng.uniform(0, 0.1, rows).astype(wide), "penalties": blank(parts, np.float64)}
+    return {**arrays, "decoupled": size // 2 % 2, "rows": rows, "n": n, "parts": parts}
+
+
+@case("bias_correction")
+def _bias_correction(rng, size, real, wide):
+    factors, beta1 = blank(2, wide), [0.9, 0.0, 0.95][size % 3]
+    return {"state": state(update=[0, 1, 6, 1000, 2**33][size % 5]), "factors": factors, "beta1": beta1, "beta2": 0.999}
 
 
 @case("statistics_update")
@@ -1082,3 +1100,226 @@ def _state_advance(rng, size, real, wide):
     batches = [1, 2, 3, 7][size % 4]
     batch = [0, 5, 2**31 - 2, 12][size // 2]
     return {"state": state(batch=batch, epoch=batch // batches), "batches": batches}
+
+
+# rules
+
+SLOTS = {  # kernel: what it keeps, and which of that is never negative
+    "adagrad_update": {"square": True},
+    "window_update": {"total": True},
+    "adadelta_update": {"square": True, "change": True},
+    "rmsprop_update": {"square": True, "velocity": False, "mean": False},
+    "rprop_update": {"step": True, "before": False},
+    "adam_update": {"mean": False, "square": True},
+    "sign_update": {"velocity": False},
+    "lion_update": {"mean": False},
+    "asgd_update": {"average": False},
+    "fisher_update": {"fisher": True},
+}
+
+
+def _rule(kernel, settings, counts=False):
+    """Enter the case of a rule; settings: what size gives of its own scalars. counts: it takes corrections, too."""
+
+    @case(kernel)
+    def arguments(rng, size, real, wide):
+        n, rows, table = _arena(rng, size)
+        steps = RATES[size % 4]
+        now = state(update=[0, 2, 400][size % 3], apply=size != 4, gradient_scale=0.3, count=[1, 31][size % 2])
+        now["lr_scale"] = rng.uniform(0.1, 1, 16)
+        slots = {
+            name: rng.uniform(0.01, 2, n).astype(wide) if above else random(rng, n, wide)
+            for name, above in SLOTS[kernel].items()
+        }
+        return {
+            "w": random(rng, n, wide),
+            "g": random(rng, n, wide),
+            **slots,
+            "table": table,
+            "rate": positive(rng, rows, wide),
+            "decay": rng.uniform(0, 0.1, rows).astype(wide),
+            "group": rng.integers(0, 16, rows).astype(np.int32),
+            "rates": rng.uniform(0.01, 0.5, steps).astype(wide),
+            "state": now,
+            **({"correction": rng.uniform(0.1, 1, 2).astype(wide)} if counts else {}),
+            **settings(size),
+            "decoupled": size // 2 % 2,
+            "rows": rows,
+            "steps": steps,
+            "n": n,
+        }
+
+
+_rule("adagrad_update", lambda size: {"eps": 1e-3})
+_rule("window_update", lambda size: {"eps": 1e-3})
+_rule("adadelta_update", lambda size: {"rho": 0.9, "eps": 1e-2})
+_rule(
+    "rmsprop_update",
+    lambda size: {"alpha": 0.9, "eps": 1e-2, "momentum": [0.0, 0.9][size % 2], "centered": size // 2 % 2,
+                  "inside": size // 4 % 2},
+)  # fmt: skip
+_rule("rprop_update", lambda size: {"up": 1.2, "down": 0.5, "low": 0.05, "high": 1.5})
+_rule("adam_update", lambda size: {"beta1": 0.9, "beta2": 0.99, "eps": 1e-2}, counts=True)
+_rule("sign_update", lambda size: {"momentum": [0.9, 0.0][size == 2]})
+_rule("lion_update", lambda size: {"beta1": 0.9, "beta2": 0.99})
+_rule("asgd_update", lambda size: {"lambd": 0.1, "alpha": 0.75, "t0": [0.0, 1e6][size // 4]})
+_rule("fisher_update", lambda size: {"rho": 0.9, "damping": 0.1}, counts=True)
+
+
+@case("gradient_adjust")
+def _gradient_adjust(rng, size, real, wide):
+    n, rows, table = _arena(rng, size)
+    now, limit = state(apply=size != 4, gradient_scale=0.3), [0.0, 0.1, 0.3][size % 3]
+    arrays = {"w": random(rng, n, wide), "g": random(rng, n, wide), "table": table}
+    l1 = rng.uniform(0, 0.1, rows).astype(wide)
+    return {**arrays, "l1": l1, "state": now, "limit": limit, "rows": rows, "n": n}
+
+
+@case("window_square")
+def _window_square(rng, size, real, wide):
+    n, rows, table = _arena(rng, size)
+    now = state(apply=size != 4, gradient_scale=0.3, update=[0, 5, 2**33][size % 3])
+    arrays = {name: random(rng, n, wide) for name in ("w", "g", "square")}
+    arrays |= {"total": total(rng, n, wide, size % 2), "table": table}
+    return {
+        **arrays,
+        "decay": rng.uniform(0, 0.1, rows).astype(wide),
+        "state": now,
+        "place": [0, 1][size // 2 % 2],
+        "window": [1, 4][size // 2 % 2],
+        "accumulate": size % 2,
+        "decoupled": size // 4,
+        "rows": rows,
+        "n": n,
+    }
+
+
+AVERAGINGS = [(0, 0, 0), (5, 0, 0), (5, 7, 1), (9, 7, 3), (9, 0, 0), (15, 7, 3), (16, 7, 3), (2, 0, 1)]
+
+
+@case("average_update")
+def _average_update(rng, size, real, wide):
+    n, _, _ = _arena(rng, size)
+    update, start, every = AVERAGINGS[size]
+    arrays = {"w": random(rng, n, wide), "average": random(rng, n, wide)}
+    return {
+        **arrays,
+        "state": state(update=update, apply=size != 4),
+        "decay": [0.99, 0.5][size % 2],
+        "start": start,
+        "every": every,
+        "n": n,
+    }
+
+
+@case("max_norm_limit")
+def _max_norm_limit(rng, size, real, wide):
+    rows, c = MATRICES[size]
+    return {"w": random(rng, (rows, c), wide), "state": state(apply=size != 4), "limit": [0.5, 2.0, 10.0][size % 3],
+            "rows": rows, "c": c}  # fmt: skip
+
+
+@case("probe_shift")
+def _probe_shift(rng, size, real, wide):
+    n, (parts, radius) = 256 * ARENAS[size][0], [(1, 0.0), (3, 0.05), (300, 2.0), (2, 1.0)][size % 4]
+    arrays = {"w": random(rng, n, wide), "g": random(rng, n, wide)}
+    arrays |= {"norms": rng.uniform(1, 2, parts) * (size != 3), "sums": np.array([2.5, 17, 31, 1])}
+    return {**arrays, "state": state(loss_scale=8), "probe": blank(n, wide), "radius": radius, "n": n, "parts": parts}
+
+
+# layerwise
+
+
+@case("layer_squares")
+def _layer_squares(rng, size, real, wide):
+    n = 256 * ARENAS[size][0]
+    arrays = {"w": random(rng, n, wide), "g": random(rng, n, wide), "state": state(gradient_scale=0.3)}
+    return {**arrays, "sums": blank((n // 256, 2), wide), "n": n}
+
+
+@case("lars_rates")
+def _lars_rates(rng, size, real, wide):
+    n, rows, table = _arena(rng, size)
+    sums = rng.uniform(1, 30, (n // 256, 2)).astype(wide)
+    sums[table == 0] *= np.array([size != 5, size != 6], wide)  # a layer without weights, or without gradient
+    arrays = {"sums": sums, "table": table, "rate": positive(rng, rows, wide), "decay": positive(rng, rows, wide)}
+    arrays |= {"scaled": (np.arange(rows) % 3 != 2).astype(np.int32), "ratios": blank(rows, wide)}
+    return {**arrays, "trust": 0.5, "rows": rows, "n": n}
+
+
+@case("vsgd_averages")
+def _vsgd_averages(rng, size, real, wide):
+    n = 256 * ARENAS[size][0]
+    arrays = {name: random(rng, n, wide) for name in ("g", "shifted")} | {"memory": rng.uniform(0, 9, n).astype(wide)}
+    now = state(apply=size != 4, gradient_scale=0.3, update=size % 3)
+    averages = {name: random(rng, n, wide) for name in ("mean", "square", "bend")}
+    return {**arrays, "state": now, **averages, "sums": blank((n // 256, 3), wide), "caution": 3.0, "n": n}
+
+
+@case("vsgd_fold")
+def _vsgd_fold(rng, size, real, wide):
+    n, rows, table = _arena(rng, size)
+    sums = positive(rng, (n // 256, 3), wide)
+    return {"sums": sums, "table": table, "totals": blank((rows, 3), wide), "rows": rows, "n": n}
+
+
+@case("vsgd_total")
+def _vsgd_total(rng, size, real, wide):
+    m, rows = COUNTS[size], [1, 3, 300][size % 3]
+    return {"triples": positive(rng, (m, 3), wide), "total": blank((rows, 3), wide), "rows": rows, "m": m}
+
+
+@case("vsgd_update")
+def _vsgd_update(rng, size, real, wide):
+    n, rows, table = _arena(rng, size)
+    steps = RATES[size % 4]
+    now = state(update=[0, 2, 400][size % 3], apply=size != 4, gradient_scale=0.3)
+    now["lr_scale"] = rng.uniform(0.1, 1, 16)
+    mean, totals = rng.uniform(-0.5, 0.5, n).astype(wide), positive(rng, (rows, 3), wide)
+    square = (mean * mean + rng.uniform(0.1, 1, n)).astype(wide)
+    if size == 7:
+        totals[0, 1] = 0
+        square[:9] = 0
+    arrays = {"w": random(rng, n, wide), "g": random(rng, n, wide), "mean": mean, "square": square}
+    arrays |= {"bend": random(rng, n, wide), "memory": positive(rng, n, wide), "totals": totals, "table": table}
+    arrays |= {"rate": positive(rng, rows, wide), "group": rng.integers(0, 16, rows).astype(np.int32)}
+    arrays |= {"rates": rng.uniform(0.01, 0.5, steps).astype(wide), "state": now}
+    return {**arrays, "floor": 0.7, "single": size // 2 % 2, "rows": rows, "steps": steps, "n": n}
+
+
+@case("muon_momentum")
+def _muon_momentum(rng, size, real, wide):
+    n, parts = COUNTS[size], PARTS[size]
+    arrays = {name: random(rng, n, wide) for name in ("w", "g", "velocity")}
+    arrays |= {"state": state(apply=size != 4, gradient_scale=0.3)}
+    arrays |= {"direction": blank(n, wide), "norms": blank((parts, 2), wide)}
+    return {**arrays, "momentum": 0.9, "nesterov": size % 2, "n": n, "parts": parts}
+
+
+@case("muon_normalize")
+def _muon_normalize(rng, size, real, wide):
+    n, parts = COUNTS[size], [1, 3, 300][size % 3]
+    arrays = {"direction": random(rng, n, wide), "norms": positive(rng, (parts, 2), wide) * wide.type(size != 3)}
+    if size == 3:
+        arrays["direction"][:] = 0
+    return {**arrays, "x": blank(n, real), "n": n, "parts": parts}
+
+
+@case("muon_polynomial")
+def _muon_polynomial(rng, size, real, wide):
+    matrices, side = [(1, 1), (2, 3), (1, 16), (3, 31), (1, 33), (5, 2), (2, 17), (1, 64)][size]
+    arrays = {name: random(rng, (matrices, side, side), real) for name in ("z", "y")}
+    return {**arrays, "a": 3.4445, "b": -4.775, "c": 2.0315, "matrices": matrices, "side": side}
+
+
+@case("muon_update")
+def _muon_update(rng, size, real, wide):
+    n, parts, rows, steps = COUNTS[size], [1, 3, 300][size % 3], [1, 4][size % 2], RATES[size % 4]
+    now = state(update=[0, 2, 400][size % 3], apply=size != 4)
+    now["lr_scale"] = rng.uniform(0.1, 1, 16)
+    arrays = {"w": random(rng, n, wide), "x": random(rng, n, real), "norms": positive(rng, (parts, 2), wide)}
+    arrays |= {"rate": positive(rng, rows, wide), "decay": rng.uniform(0, 0.1, rows).astype(wide)}
+    arrays |= {"group": rng.integers(0, 16, rows).astype(np.int32)}
+    arrays |= {"rates": rng.uniform(0.01, 0.5, steps).astype(wide), "state": now}
+    settings = {"scale": 1.5, "length": [0.0, 3.0][size // 2 % 2], "row": rows - 1}
+    return {**arrays, **settings, "rows": rows, "steps": steps, "n": n, "parts": parts}

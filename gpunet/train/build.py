@@ -1,16 +1,15 @@
 """From a recipe to objects of the floors below: data, graph, normalisation, sources, step."""
 
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
-from gpunet import data, models
+from gpunet import data, models, optim
 from gpunet.core.source import Source
 from gpunet.core.step import Step
 from gpunet.data import cifar, folder, preprocess, shapes
 from gpunet.errors import GpunetError
-from gpunet.optim import OPTIMIZERS
 from gpunet.train import start, watch
 
 
@@ -55,7 +54,7 @@ def outline(config):
 
 
 def build_graph(config, shape, outputs):
-    """Return the network of [model] for images of `shape`; its vectors get the rate and decay that [optimizer] says."""
+    """Return the network of [model] for images of `shape`; its weights get rates and decays by [optimizer]."""
     with _arguments_of("model", config.model):
         graph = models.build(config.model.name, shape, outputs, **config.model.model_extra)
     for parameter in graph.parameters():
@@ -63,6 +62,12 @@ def build_graph(config, shape, outputs):
             if not parameter.name.endswith((".gamma", ".slope")):
                 parameter.rate *= config.optimizer.bias_rate
             parameter.decay *= config.optimizer.decay_bias
+    for group in config.optimizer.groups:
+        names = set(start.matching(graph, group.match, "optimizer.groups: match"))
+        for parameter in graph.parameters():
+            if parameter.trainable and parameter.name in names:
+                parameter.rate *= group.rate
+                parameter.decay *= group.decay
     return graph
 
 
@@ -168,12 +173,14 @@ def build_step(config, graph, source=None, backend=None):
     backend: an object to run on, in place of a new one by the recipe's name.
     """
     train, settings = config.train, config.optimizer
-    optimizer, rates, keep = None, None, ()
+    optimizer, average, rates, keep = None, None, None, ()
     if source is not None:
-        keys = ("lr", "momentum", "weight_decay", "nesterov", "form", "clip")
-        optimizer = OPTIMIZERS[settings.name](**{key: getattr(settings, key) for key in keys})
-        per_epoch = -(-source.batches(train.batch) // train.accumulate)
-        rates = config.rates(train.steps or train.epochs * per_epoch, per_epoch)
+        rule, batches = optim.OPTIMIZERS[settings.name], source.batches(train.batch)
+        optimizer = rule(**{f.name: getattr(settings, f.name) for f in fields(rule)})
+        per_epoch = -(-batches // train.batches_an_update(batches))
+        updates = train.steps or train.epochs * per_epoch
+        rates = config.rates(updates, per_epoch)
+        average = build_average(config.average, updates / per_epoch, per_epoch)
         keep = watch.keeps(graph, train.watch)
         start.freeze_weights(graph, config.start.freeze, config.start.freeze_statistics)
     return Step(
@@ -188,4 +195,15 @@ def build_step(config, graph, source=None, backend=None):
         source=source,
         rates=rates,
         keep=keep,
+        average=average,
     )
+
+
+def build_average(settings, epochs, per_epoch):
+    """Return the average of [average], or None; lengths there are in epochs."""
+    if settings.name == "ema":
+        return optim.EMA(settings.decay)
+    if settings.name == "swa":
+        start = 0.75 * epochs if settings.start is None else settings.start
+        return optim.SWA(round(start * per_epoch), max(1, round(settings.every * per_epoch)))
+    return None

@@ -1,9 +1,10 @@
 """Checkpoints: everything a network needs to go on, in one safetensors file. Never half written, nothing in it is run.
 
 Tensors are named weights/<parameter>, statistics/<parameter>, optimizer/<slot>/<parameter>, input/mean, input/scale
-and what else images go through (gpunet.data.preprocess); all else is JSON in the file's metadata, under "gpunet".
-Beside it, under "sha256", stands the digest of the whole file with 64 zeros in the digest's place: a byte that changed
-anywhere is noticed when the file is read.
+and what else images go through (gpunet.data.preprocess); where weights are averaged, weights/ has the averages and
+optimizer/weights/ the weights. All else is JSON in the file's metadata, under "gpunet". Beside it, under "sha256",
+stands the digest of the whole file with 64 zeros in the digest's place: a byte that changed anywhere is noticed when
+the file is read.
 """
 
 import hashlib
@@ -47,11 +48,14 @@ class Checkpoint:
     @classmethod
     def of(cls, step, mean, scale, about, preprocess=None):
         """Return what a step holds now; mean, scale and a Preprocess are those of its images."""
-        state = step.state
+        state, weights = step.state, step.weights.copy()
+        slots = {slot: tensors.copy() for slot, tensors in step.optimizer_state.items()}
+        if step.averages is not None:  # whoever reads the file takes the averages; the weights are for going on
+            weights, slots["weights"] = weights | slots.pop("average"), weights
         return cls(
-            step.weights.copy(),
+            weights,
             step.statistics.copy(),
-            {slot: tensors.copy() for slot, tensors in step.optimizer_state.items()},
+            slots,
             {
                 "mean": np.asarray(mean, np.float64),
                 "scale": np.asarray(scale, np.float64),
@@ -116,8 +120,13 @@ class Checkpoint:
 
         Raises GpunetError, and changes nothing, where names or shapes are not the step's.
         """
-        pairs = [("weights", self.weights, step.weights), ("statistics", self.statistics, step.statistics)]
-        for slot, tensors in step.optimizer_state.items():
+        averages, slots = step.averages, step.optimizer_state
+        pairs = [("weights", self.weights, step.weights if averages is None else averages)]
+        pairs.append(("statistics", self.statistics, step.statistics))
+        if averages is not None:
+            slots["weights"] = step.weights
+            del slots["average"]
+        for slot, tensors in slots.items():
             pairs.append((f"optimizer {slot}", self.optimizer.get(slot, {}), tensors))
         for group, given, target in pairs:
             self._check(group, given, target)

@@ -22,6 +22,8 @@ from gpunet.errors import GpunetError
 from gpunet.models import MODELS
 from gpunet.nn import LOSSES
 from gpunet.nn.init import named
+from gpunet.optim import OPTIMIZERS
+from gpunet.optim import Optimizer as OptimizerBase
 from gpunet.optim.schedules import SCHEDULES
 
 BARE = re.compile("[A-Za-z0-9_-]+")  # a key of TOML without quotes
@@ -99,22 +101,37 @@ class Augment(Section):
     reflect: bool = False
 
 
-class Optimizer(Section):
-    """SGD; `bias_rate` multiplies the rate of biases, `decay_bias` decays vectors too, `clip` bounds the norm."""
+class Group(Section):
+    """Weights by name, or by the name of a layer or block around them, and what multiplies their rate and decay."""
 
-    name: Literal["sgd"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Share = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    form: Literal["pytorch", "caffe"] = "pytorch"
-    bias_rate: Annotated[float, Field(ge=0)] = 1.0
-    decay_bias: bool = True
-    clip: Annotated[float, Field(ge=0)] = 0.0
+    match: Annotated[list[str], Field(min_length=1)]
+    rate: Annotated[float, Field(ge=0)] = 1.0
+    decay: Annotated[float, Field(ge=0)] = 1.0
+
+
+class NoAverage(Section):
+    """The weights as they are."""
+
+    name: Literal["none"] = "none"
+
+
+class EMA(Section):
+    """An exponential average of the weights (gpunet.optim.EMA)."""
+
+    name: Literal["ema"]
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+
+
+class SWA(Section):
+    """The mean of the weights every so many epochs after `start` epochs, three quarters of the run unless told."""
+
+    name: Literal["swa"]
+    start: Annotated[float, Field(ge=0)] | None = None
+    every: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Train(Section):
-    """The loop. `accumulate` batches make one update; validation is measured every `evaluate_every` epochs.
+    """The loop. `accumulate` batches, or all of an "epoch", make one update; evaluate_every: epochs, of validation.
 
     steps: updates after which training ends, in the middle of an epoch if need be, whatever `epochs` says.
     steps_per_launch: updates that a GPU is given at a time, as one graph. window: images of a split that lie on it at a
@@ -131,7 +148,7 @@ class Train(Section):
     epochs: Count = 10
     steps: Count | None = None
     batch: Count = 128
-    accumulate: Count = 1
+    accumulate: Count | Literal["epoch"] = 1
     steps_per_launch: Count = 1
     window: Count | None = None
     seed: Natural = 0
@@ -147,6 +164,10 @@ class Train(Section):
     monitor_test: bool = False
     watch: list[str] = []
     watch_every: Count = 100
+
+    def batches_an_update(self, batches):
+        """Return how many of an epoch's batches make one update."""
+        return batches if self.accumulate == "epoch" else self.accumulate
 
 
 class Start(Section):
@@ -190,17 +211,38 @@ def _section(name, function, **keywords):
     return create_model(name, __base__=Section, name=(Literal[name], name), **keywords)
 
 
-_SCHEDULES = {name: _section(name, f) for name, f in SCHEDULES.items()}
-Schedule = Annotated[reduce(or_, _SCHEDULES.values()), Field(discriminator="name")]
-# [loss]: without a name it is cross entropy
+def _optimizer(name, rule):
+    """Return the section for one optimizer: its settings, then those that all have, then what is the recipe's own."""
+    own, shared = {}, {}
+    for p in inspect.signature(rule).parameters.values():
+        limit = Annotated[float, Field(gt=0)] if p.name == "lr" else p.annotation
+        common = p.name != "lr" and hasattr(OptimizerBase, p.name) and p.name not in rule.__annotations__
+        (shared if common else own)[p.name] = (limit, [*p.default] if p.default == () else p.default)
+    factors = {
+        "bias_rate": (Annotated[float, Field(ge=0)], 1.0),  # multiplies the rate of biases
+        "decay_bias": (bool, True),  # whether vectors decay, too
+        "groups": (list[Group], []),
+    }
+    return create_model(name, __base__=Section, name=(Literal[name], name), **own, **shared, **factors)
+
+
+def _choice(kinds, default=None):
+    """Return the type of a section whose keys depend on its `name`, which may be left out where there is a default."""
+    return Annotated[
+        reduce(or_, kinds.values()),
+        Field(discriminator="name"),
+        BeforeValidator(lambda given: {"name": default} | given if default and isinstance(given, dict) else given),
+    ]
+
+
 _SMOOTHING = {"smoothing": (Share, 0.0)}  # how much of a target is spread over all classes
-_LOSSES = {name: _section(name, kind, **_SMOOTHING if kind.soft else {}) for name, kind in LOSSES.items()}
-Loss = Annotated[
-    reduce(or_, _LOSSES.values()),
-    Field(discriminator="name"),
-    BeforeValidator(lambda given: {"name": "cross_entropy"} | given if isinstance(given, dict) else given),
-]
-_KINDS = {"schedule": _SCHEDULES, "loss": _LOSSES}  # sections whose keys depend on `name`
+KINDS = {  # {section: {name: what it then is}}
+    "loss": {name: _section(name, kind, **_SMOOTHING if kind.soft else {}) for name, kind in LOSSES.items()},
+    "optimizer": {name: _optimizer(name, rule) for name, rule in OPTIMIZERS.items()},
+    "schedule": {name: _section(name, function) for name, function in SCHEDULES.items()},
+    "average": {"none": NoAverage, "ema": EMA, "swa": SWA},
+}
+DEFAULTS = {"loss": "cross_entropy", "optimizer": "sgd"}  # names that may be left out
 
 
 class Config(Section):
@@ -211,9 +253,10 @@ class Config(Section):
     init: dict[str, str | list] = {}
     preprocess: Preprocess = Preprocess()
     augment: Augment = Augment()
-    loss: Loss = _LOSSES["cross_entropy"]()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = _SCHEDULES["const"]()
+    loss: _choice(KINDS["loss"], DEFAULTS["loss"]) = KINDS["loss"]["cross_entropy"]()
+    optimizer: _choice(KINDS["optimizer"], DEFAULTS["optimizer"]) = KINDS["optimizer"]["sgd"]()
+    schedule: _choice(KINDS["schedule"]) = KINDS["schedule"]["const"]()
+    average: _choice(KINDS["average"]) = NoAverage()
     train: Train = Train()
     start: Start = Start()
     run: Run = Run()
@@ -222,8 +265,12 @@ class Config(Section):
     def rate(self):
         """The rate that the schedule starts from: optimizer.lr, by train.lr_rule for the images of an update."""
         train = self.train
-        power = {"none": 0, "linear": 1, "sqrt": 0.5}[train.lr_rule]
-        return self.optimizer.lr * (train.batch * train.accumulate / train.base_batch) ** power
+        if train.lr_rule == "none":
+            return self.optimizer.lr
+        if train.accumulate == "epoch":
+            raise GpunetError("[train]: lr_rule: expected none beside accumulate = 'epoch', an update by all images")
+        factor = train.batch * train.accumulate / train.base_batch
+        return self.optimizer.lr * (factor if train.lr_rule == "linear" else factor**0.5)
 
     @property
     def rate_line(self):
@@ -354,6 +401,8 @@ _EXPECTED = {
     "less_than_equal": "at most {le:g}",
     "literal_error": "{expected}",
     "union_tag_invalid": "{expected_tags}",
+    "too_short": "a list of at least {min_length}",
+    "model_type": "a table",
 }
 
 
@@ -362,10 +411,12 @@ def _explain(errors, table, place, origin):
     faults = {}
     for error in errors:
         section, *rest = error["loc"]
-        if section in _KINDS and rest:
+        if section in KINDS and rest:
             rest = rest[1:]  # the kind
         if error["type"].startswith("union_tag"):
             rest = ["name"]
+        if rest[:1] == ["groups"] and len(rest) > 2:
+            section, rest = "optimizer.groups", rest[2:]
         faults.setdefault((section, rest[0] if rest else None), []).append(error)
     unknown = [place for place, found in faults.items() if found[0]["type"] == "extra_forbidden"]
     section, key = next(iter(unknown or faults))  # a misspelt key is often missing, too
@@ -376,8 +427,10 @@ def _explain(errors, table, place, origin):
     if kind == "extra_forbidden":
         if key is None:
             known = Config.model_fields
-        elif section in _KINDS:
-            known = _KINDS[section][table[section].get("name", "cross_entropy")].model_fields
+        elif section == "optimizer.groups":
+            known = Group.model_fields
+        elif section in KINDS:
+            known = KINDS[section][table[section].get("name", DEFAULTS.get(section))].model_fields
         else:
             known = Config.model_fields[section].annotation.model_fields
         return f"{place}: {_unknown(section, key, known)}{more}"

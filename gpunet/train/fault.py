@@ -24,7 +24,7 @@ def explain(step, config, rows, folder):
     slots = {slot: kept.copy() for slot, kept in step.optimizer_state.items()}
     broken = not_finite(step.weights.copy(), step.statistics.copy(), slots)
     rate = step.rates[min(int(state["update"]), len(step.rates) - 1)]
-    first = batch - batch % step.batches % config.train.accumulate
+    first = batch - batch % step.batches % config.train.batches_an_update(step.batches)
     fault, loss = _look_again(step, first, batch - first + 1)
     rows = [row for row in rows if row["split"] == "train"][-SHOWN:]
     what = "loss or gradient is not finite" if halted else "weights are not finite"

@@ -35,7 +35,7 @@ def begin(config, graph):
 def _matched(graph, pattern, chosen):
     """Return the names of weights that a pattern sets."""
     shapes = {p.name: p.shape for p in graph.parameters() if p.trainable}
-    names = [name for name in matching(graph, [pattern], "init", place="[init]") if name in shapes]
+    names = [name for name in matching(graph, [pattern], "[init]") if name in shapes]
     found = [name for name in names if len(shapes[name]) > 1]
     if not found and isinstance(chosen, init.FromData):
         raise GpunetError(f"[init] '{pattern}': {chosen.name}: expected a weight of two axes or more, got {names}")

@@ -101,7 +101,8 @@ def range_test(config, low=1e-5, high=10.0, updates=200, *, linear=False, graph=
     trainer = Trainer(config, graph=graph, data=data, show=False)
     rates = (np.linspace if linear else np.geomspace)(low, high, updates)
     try:
-        losses = _train(trainer.step, config.train.accumulate, rates, show)
+        accumulate = config.train.batches_an_update(trainer.step.batches)
+        losses = _train(trainer.step, accumulate, rates, show)
     finally:
         trainer.step.close()
     return RangeTest(f"{config.model.name} on {trainer.data.name}", rates[: len(losses)], np.array(losses), factor)

@@ -178,7 +178,7 @@ def profile(config, steps=10):
     if backend.graphs:
         notes.append("each entry is waited for here, which a normal step, one graph, does not: short ones look longer")
     with closing(step):
-        walls, events = measure(step, steps, config.train.accumulate)
+        walls, events = measure(step, steps, config.train.batches_an_update(step.batches))
     title = f"{config.run.name or config.model.name}: {chosen}, batch {batch}, {config.train.dtype}"
     title += f", {step.replicas} replicas" if step.replicas > 1 else ""
     return Report(title, events, steps, step.replicas, walls, ceilings(backend, step.types, step.replicas), notes)

@@ -13,6 +13,7 @@ import fnmatch
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpunet.core.params import around
 from gpunet.core.step import Step
 from gpunet.data.preprocess import Preprocess
 from gpunet.errors import GpunetError
@@ -36,7 +37,7 @@ def load(target, weights, *, replace=(), freeze=(), freeze_statistics=False):
         raise GpunetError("start: freeze: expected a graph, whose next Step keeps these weights, got a Step")
     graph = target.graph if stepped else target
     report = compare(graph, checkpoint, replace)
-    unfit = sorted(set(matching(graph, freeze, "freeze")) & set(report.fresh))
+    unfit = sorted(set(matching(graph, freeze, "start: freeze")) & set(report.fresh))
     if unfit:
         raise GpunetError(f"start: freeze: {_listed(unfit, MOST)} would keep first values, which are random")
     report.frozen, report.still = freeze_weights(graph, freeze, freeze_statistics), freeze_statistics
@@ -60,7 +61,7 @@ def find(weights):
 
 def compare(graph, checkpoint, replace=()):
     """Return the Report of what `load` would take; nothing changes."""
-    replaced = matching(graph, replace, "replace")
+    replaced = matching(graph, replace, "start: replace")
     given = {**checkpoint.weights, **checkpoint.statistics}
     epoch = checkpoint.about.get("epoch")
     report = Report(checkpoint.place + (f", epoch {epoch}" if isinstance(epoch, int) else ""))
@@ -92,7 +93,7 @@ def freeze_weights(graph, patterns, statistics=False):
     would need are not computed. A layer's running statistics go on following its batches, unless `statistics` is true
     and the patterns match them, too: then they stay, and training normalises by them as prediction does.
     """
-    names = set(matching(graph, patterns, "freeze"))
+    names = set(matching(graph, patterns, "start: freeze"))
     chosen = [p for p in graph.parameters() if p.trainable and p.name in names]
     if chosen and all(p in chosen or p.frozen for p in graph.parameters() if p.trainable):
         raise GpunetError(f"start: freeze: {', '.join(map(repr, patterns))}: leaves no weight to train")
@@ -106,18 +107,16 @@ def freeze_weights(graph, patterns, statistics=False):
     return [p.name for p in chosen]
 
 
-def matching(graph, patterns, key, place=None):
+def matching(graph, patterns, place):
     """Return the names of parameters that patterns match; GpunetError with the nearest names for one without any."""
     weights = {p.name: p.trainable for p in graph.parameters()}
     found = set()
     for pattern in patterns:
-        names = {name for name in weights if any(fnmatch.fnmatchcase(n, pattern) for n in _around(name))}
+        names = {name for name in weights if any(fnmatch.fnmatchcase(n, pattern) for n in around(name))}
         if not any(weights[name] for name in names):
-            known = dict.fromkeys(n for name in weights if weights[name] for n in _around(name))
+            known = dict.fromkeys(n for name in weights if weights[name] for n in around(name))
             near = sorted(known, key=lambda name: _likeness(pattern.rstrip(".*"), name))[-3:]
-            raise GpunetError(
-                f"{place or f'start: {key}'}: '{pattern}' matches no weight; nearest: {', '.join(near[::-1])}"
-            )
+            raise GpunetError(f"{place}: '{pattern}' matches no weight; nearest: {', '.join(near[::-1])}")
         found |= names
     return [name for name in weights if name in found]
 
@@ -129,7 +128,7 @@ def begin(config, graph, found=()):
     """
     start = config.start
     if start.weights is None:
-        allowed = bool(start.freeze) and set(matching(graph, start.freeze, "freeze")) <= set(found)
+        allowed = bool(start.freeze) and set(matching(graph, start.freeze, "start: freeze")) <= set(found)
         for key in ("freeze", "replace", "freeze_statistics"):
             if getattr(start, key) and not (key == "freeze" and allowed):
                 raise GpunetError(f"[start]: {key}: expected beside weights, the run or checkpoint file to start from")
@@ -220,12 +219,6 @@ class Report:
         return text + ("; running statistics " + ("stay" if self.still else "move on")) * bool(self.statistics)
 
 
-def _around(name):
-    """Return a parameter's name and those of the layer and blocks around it: "a.b.weight", "a.b", "a"."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
-
-
 def _likeness(pattern, name):
     """Return how like a pattern a name is, or its last part, for who forgot what is around it: 0 to 1."""
     parts = name, name.rpartition(".")[2]
@@ -234,8 +227,8 @@ def _likeness(pattern, name):
 
 def _folded(names, everything):
     """Return names as text, the largest layer or block in the place of all that are below it."""
-    missing = {around for name in set(everything) - set(names) for around in _around(name)}
-    outer = [next((n for n in _around(name)[::-1] if n not in missing), name) for name in names]
+    missing = {outer for name in set(everything) - set(names) for outer in around(name)}
+    outer = [next((n for n in around(name)[::-1] if n not in missing), name) for name in names]
     return _listed(list(dict.fromkeys(outer)), MOST)
 
 

@@ -29,7 +29,7 @@ class Plan:
         slots = step.optimizer_state
         held = {
             "weights": sizes.pop("weights") + sizes.pop("frozen", 0),
-            "gradients": sizes.pop("gradient"),
+            "gradients": sum(sizes.pop(name, 0) for name in ("gradient", *(step.optimizer.probe or ()), "probe")),
             "optimizer": sum(sizes.pop(slot) for slot in slots),
             "activations": sizes.pop("scratch") + sizes.pop("input") + sizes.pop("targets"),
             "workspace": step.replicas * step.backend.workspace_bytes,

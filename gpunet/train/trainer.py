@@ -155,7 +155,8 @@ class _Training:
     def __init__(self, trainer, resumed=None):
         self.trainer, self.config, self.step, self.data = trainer, trainer.config, trainer.step, trainer.data
         self.batches, train = self.step.batches, self.config.train
-        per_epoch = -(-self.batches // train.accumulate)
+        self.accumulate = train.batches_an_update(self.batches)
+        per_epoch = -(-self.batches // self.accumulate)
         self.limit = train.steps or train.epochs * per_epoch  # steps to take, skipped ones too
         self.epochs = -(-self.limit // per_epoch)
         self.resumed, self.rows = resumed, []
@@ -164,7 +165,7 @@ class _Training:
         if self.config.run.tensorboard:
             self.run_directory.board = Board(self.run_directory.path / "tensorboard")
         whole, rest = divmod(self.limit, per_epoch)
-        images = whole * len(self.data.train) + rest * train.accumulate * train.batch
+        images = whole * len(self.data.train) + rest * self.accumulate * train.batch
         self.progress = Progress(images, self.epochs, trainer.show, labelled=self._labelled)
         self.progress.begin(self.epoch, self.totals[2], self.ended * len(self.data.train) + self.totals[2])
         self.step.backend.show = self.progress.compiling
@@ -327,7 +328,7 @@ class _Training:
         train, self.since = self.config.train, time.perf_counter()
         place = int(self.step.state["batch"]) - self.ended * self.batches
         while place < self.batches and self.steps < self.limit and not signals.caught:
-            accumulate = min(train.accumulate, self.batches - place)
+            accumulate = min(self.accumulate, self.batches - place)
             steps = min(train.steps_per_launch, (self.batches - place) // accumulate, self.limit - self.steps)
             with self._guarded():
                 steps = self._step(accumulate, steps)
@@ -413,8 +414,7 @@ class _Training:
         if not rows:
             return 0
         epoch, place = divmod(int(rows[-1]["batch"]), self.batches)
-        accumulate = self.config.train.accumulate
-        return epoch * -(-self.batches // accumulate) + place // accumulate + 1
+        return epoch * -(-self.batches // self.accumulate) + place // self.accumulate + 1
 
     def _skipped(self, done, scale):
         return (
@@ -425,6 +425,8 @@ class _Training:
     def _evaluate(self):
         """Measure the watched splits; keep the weights if validation is better than ever."""
         rows = []
+        with self._guarded():
+            self.step.estimate()
         for name, source in self.trainer.watched.items():
             with self._guarded():
                 found = self.step.evaluate(source)
@@ -505,7 +507,7 @@ class _Training:
             data=self.data,
             step=self.step,
             status=status,
-            epochs=self.seen / -(-self.batches // self.config.train.accumulate),
+            epochs=self.seen / -(-self.batches // self.accumulate),
             updates=self.seen,
             images=self.images,
             training_seconds=self.seconds + self.spent,

@@ -12,6 +12,7 @@ import fnmatch
 
 import numpy as np
 
+from gpunet.core.params import around
 from gpunet.errors import GpunetError
 
 # Two bins a decade from 1e-10 to 1e4 on either side of zero; one for what is nearer to it, zeros too.
@@ -98,9 +99,7 @@ def matching(graph, patterns, fused=False):
 
 def _around(name):
     """Return a name, it without what follows the colon, and the layers and blocks around that."""
-    bare = name.partition(":")[0]
-    parts = bare.split(".")
-    return dict.fromkeys([name, bare, *(".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))])
+    return dict.fromkeys([name, *around(name.partition(":")[0])])
 
 
 def summary(array, unit=1):
