@@ -42,6 +42,7 @@ setup(
             "hypothesis",
             "nvidia-cuda-nvrtc>=13,<14",
             "setuptools>=77",
+            "scipy>=1.11",  # interpolation and distributions, held against ours
             "tensorboardX",
             # exported networks are checked by the first and run by the second: wheels of 9 and 28 MB
             "onnx>=1.15",

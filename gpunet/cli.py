@@ -393,19 +393,30 @@ def show(
     preprocess: Annotated[
         bool, typer.Option("--preprocess", help="Draw what [preprocess] of a recipe does to them, stage by stage.")
     ] = False,
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Draw what each transform of [augment] does, with the recipe's settings.")
+    ] = False,
     overrides: Overrides = None,
 ):
     """Draw the first pictures of every class of a data set, or what a recipe makes of them, into a PNG."""
     from gpunet import data as sets
+    from gpunet.train.augmented import augmentation_sheet
     from gpunet.train.build import build_data, pick_split, preprocessed_sheet
 
     known = name in sets.LOADERS
-    if known and (preprocess or overrides):
-        raise GpunetError(f"data show {name}: --preprocess and --set: expected a recipe, got a data set")
+    if known and (preprocess or augment or overrides):
+        raise GpunetError(f"data show {name}: --preprocess, --augment, --set: expected a recipe, got a data set")
+    if preprocess and augment:
+        raise GpunetError("data show: expected --preprocess or --augment, got both")
     config = None if known else _load(name, overrides, data, None)
     dataset = sets.load(name, data) if known else build_data(config)
     if preprocess:
         sheet = preprocessed_sheet(config, dataset, split)
+    elif augment:
+        classes, what = len(dataset.classes) or None, config.augment.augmentation
+        sheet, left_out = augmentation_sheet(pick_split(dataset, split), what, classes, config.train.seed)
+        for line in left_out:
+            print(line, file=sys.stderr)
     else:
         sheet = sets.contact_sheet(pick_split(dataset, split), dataset.classes)
     try:

@@ -48,10 +48,10 @@ def losses():
 
 
 def augmentations():
-    """Return what [augment] can switch on."""
-    from gpunet.train.config import Augment
+    """Return what [augment] can switch on, each with values to begin with."""
+    from gpunet.data import AUGMENTATIONS
 
-    return {"augment": Augment}
+    return AUGMENTATIONS
 
 
 def models():
@@ -97,7 +97,12 @@ def entry(name, what, given=()):
 
 
 def arguments(what, given=()):
-    """Return the arguments of a function or class as a call has them, with their defaults, without annotations."""
+    """Return the arguments of a function or class as a call has them, with their defaults, without annotations.
+
+    Of a transform, the keys of [augment] that it was made with.
+    """
+    if hasattr(what, "example"):
+        return ", ".join(f"{key}={shown(value)}" for key, value in what.example.items())
     texts = []
     for p in inspect.signature(what).parameters.values():
         if p.name not in given:

@@ -18,9 +18,9 @@ from gpunet.testing import compile as compiling
 
 FILES = sorted(resources.kernels().glob("*.cu"))
 TYPES = ("float", "double", "half", "bfloat16")
-DOUBLE_IN_FLOAT = {"loss", "optim"}  # sums over a batch or an arena, and State, are in double
-# CUDA's exp and pow of a double begin in float
-FLOAT_IN_DOUBLE = {"activation", "dropconnect", "loss", "lrn", "rules", "softmax"}
+DOUBLE_IN_FLOAT = {"loss", "optim", "transforms"}  # sums over a batch or an arena, State, draws are in double
+# CUDA's exp, log and pow of a double begin in float
+FLOAT_IN_DOUBLE = {"activation", "dropconnect", "loss", "lrn", "rules", "softmax", "transforms"}
 
 ARITHMETIC = "add|sub|mul|fma|mad|div|rcp|sqrt|rsqrt|neg|abs|min|max|setp|ex2|lg2"
 

@@ -11,6 +11,8 @@ import pytest
 
 import gpunet.backends.numpy
 from gpunet.backends.numpy.scratch import ALIGN, BLOCK, ColumnSums, RepeatedRow, Scratch
+from gpunet.backends.numpy.transforms import transforms_draw
+from gpunet.core.augmentation import COLOR, GEOMETRY, Augmentation
 from gpunet.core.state import STATE
 from gpunet.errors import GpunetError
 from gpunet.testing.cases import CASES, SIZES, blank, positive, random, state
@@ -24,7 +26,8 @@ FAST = {
     if inspect.isfunction(function) and name[0] != "_" and function.__module__.endswith(f".{path.stem}")
 }
 LARGE = {}
-COPIES = ("concat_forward", "concat_backward", "gradient_norm", "penalty_sum", "sgd_update", "adam_update", "unfold")
+COPIES = ("adam_update", "batch_warp", "concat_forward", "concat_backward", "gradient_norm", "penalty_sum",
+          "sgd_update", "unfold")  # fmt: skip
 
 
 def definition(name):
@@ -508,6 +511,60 @@ def _crop_flip(rng, dtype, name):
             "set": count,
             "channels": channels,
             **{"n": n, "h": h, "w": w, "c": c, "oh": h + more, "ow": w + more},
+        }
+
+
+DESCRIPTIONS = [
+    {"flip": True, "crop": 4, "cutout": 5},
+    {"rotate": 180.0, "zoom": [0.2, 3], "lens": 0.3, "elastic": 20.0, "interpolation": "random", "mixup": 1.0},
+    {"shear": 60.0, "stretch": 4.0, "brightness": [0, 2], "contrast": 1.0, "saturation": [0, 3], "hue": 0.5},
+    {"rescale": 2.0, "interpolation": "area", "lighting": 3.0, "cutmix": 1.0, "mixup": 0.3, "color_probability": 0.5},
+]
+
+
+def _augmented(rng, dtype):
+    """Yield (variant, images, sizes, arguments of transforms_draw with its outputs filled in): 60 of 90 images."""
+    h, w, c = 32, 20, 3
+    for i, keys in enumerate(DESCRIPTIONS):
+        what = Augmentation(**keys)
+        mix, elastic, slots = int(what.mixes), int(what.elastic > 0), 70 * (1 + what.mixes)
+        moves = slots * 2 * h * w if elastic else 1
+        drawn = {
+            **{"order": rng.permutation(90).astype(np.int32), "state": state(batch=3, epoch=1)},
+            **{"settings": what.table(rng.normal(0, 30, (3, 3))), "weights": what.gaussian},
+            **{"geometry": blank((slots, len(GEOMETRY)), np.int64), "color": blank((slots, len(COLOR)), dtype)},
+            **{"rows": blank(moves, np.int32), "field": blank(moves, np.int32), "seed": 5},
+            **{"mix": mix, "elastic": elastic, "radius": len(what.gaussian) - 1, "batch": 30, "batches": 2},
+            **{"first": 0, "places": 90, "n": 70, "h": h, "w": w},
+        }
+        transforms_draw(**drawn)
+        images = rng.integers(0, 256, (90, h, w, c)).astype([np.uint8, np.float32][i == 1])
+        yield i, images, {"n": 70, "h": h, "w": w, "c": c}, drawn
+
+
+@large("batch_warp")
+def _warp(rng, dtype, name):
+    for i, images, sizes, drawn in _augmented(rng, dtype):
+        yield {
+            "images": images,
+            **{key: drawn[key] for key in ("geometry", "field")},
+            "warped": blank((len(drawn["geometry"]), *images.shape[1:]), dtype),
+            **{key: drawn[key] for key in ("mix", "elastic")},
+            **{"reflect": i % 2, "set": 90, **sizes},
+        }
+
+
+@large("batch_finish")
+def _finish(rng, dtype, name):
+    for i, images, sizes, drawn in _augmented(rng, dtype):
+        channels = images[0].size if i % 2 else 3
+        yield {
+            "warped": rng.uniform(0, 255, (len(drawn["geometry"]), *images.shape[1:])).astype(dtype),
+            **{key: drawn[key] for key in ("geometry", "color")},
+            "mean": rng.uniform(90, 140, channels).astype(dtype),
+            "scale": rng.uniform(0.01, 0.02, channels).astype(dtype),
+            "x": blank((70, *images.shape[1:]), dtype),
+            **{"photometric": int(i > 1), "mix": drawn["mix"], "channels": channels, **sizes},
         }
 
 

@@ -410,4 +410,4 @@ def test_a_sheet_of_a_data_set_has_no_stages(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as end:
             cli.main()
         assert end.value.code == 2
-        assert "--preprocess and --set: expected a recipe, got a data set" in capsys.readouterr().err
+        assert "--preprocess, --augment, --set: expected a recipe, got a data set" in capsys.readouterr().err

@@ -306,7 +306,8 @@ def test_only_training_is_shuffled_and_augmented(order, config):
     sections = {"train": {"order": order}, "augment": {"flip": True, "crop": 2}, "loss": {"smoothing": 0.1}}
     trained = Trainer(config(**sections), data=easy())
     assert trained.step.source.order == order
-    assert (trained.step.source.flip, trained.step.source.pad, trained.step.source.smoothing) == (True, 2, 0.1)
+    source = trained.step.source
+    assert (source.augmentation.flip, source.augmentation.crop, source.smoothing) == (True, 2, 0.1)
     assert trained.watched["validation"].order == "stored"
     plain = Trainer(config(), data=easy())
     plain.step.weights.update(trained.step.weights)

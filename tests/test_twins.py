@@ -5,6 +5,7 @@ import itertools
 import math
 from importlib import import_module
 
+import augment_oracles
 import numpy as np
 import pytest
 import rule_oracles
@@ -509,8 +510,15 @@ def _(
         words = [int(word) for word in random.philox(seed, random.AUGMENT_SITE, int(state["epoch"]), place, 1)]
         top, left = ((word >> 32) * (2 * pad + 1) >> 32 for word in words[:2])
         crop = padded[top : top + oh, left : left + ow]
+        if flip == 2:
+            words[2] = int(random.philox(seed, random.AUGMENT_SITE + 1, 0, int(order[place]), 1)[0])
+            words[2] ^= int(state["epoch"]) % 2 << 63
         x[i] = crop[:, ::-1] if flip and words[2] >> 63 else crop
     return {"x": x}
+
+
+for _name in ("transforms_draw", "batch_warp", "batch_finish", "batch_targets_mixed"):
+    oracle(_name)(getattr(augment_oracles, _name))
 
 
 @oracle("batch_targets")

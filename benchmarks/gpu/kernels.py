@@ -42,6 +42,10 @@ GENERATED = {  # sizes of kernels that no net uses; all else takes n elements
     "concat_backward": {"rows": 1 << 20, "c": 64, "width": 128, "offset": 64},
     "dropout_apply": {"n": 1 << 26, "threshold": 13107},
     "mean_squared_error": {"n": 1 << 20, "k": 64},
+    "transforms_draw": {"n": 4096, "places": 4096, "batch": 4096, "first": 0, "mix": 0, "h": 32, "w": 32, "radius": 12},
+    "batch_warp": {"n": 4096, "set": 4096, "mix": 0, "elastic": 0, "h": 32, "w": 32, "c": 3},
+    "batch_finish": {"n": 4096, "mix": 0, "channels": 3, "h": 32, "w": 32, "c": 3},
+    "batch_targets_mixed": {"n": 1 << 20, "set": 1 << 20, "k": 64},
     "batch_values": dict.fromkeys(("batch", "places", "set", "n"), 1 << 20) | {"batches": 1, "first": 0, "k": 64},
 }
 ELEMENTS = 1 << 26

@@ -95,6 +95,20 @@ def crops(seed: int, epoch: int, first: int, n: int, pad: int):
     return corners[:, 0], corners[:, 1], words[:, 2] >> 63 != 0
 
 
+def blocks(seed: int, site: int, time: int, places: np.ndarray, width: int = 1) -> np.ndarray:
+    """uint64 (len(places), 4 * width): blocks place * width .. place * width + width of the stream (site, time)."""
+    m = len(places)
+    if m and (np.diff(places) == 1).all():
+        return philox(seed, site, time, int(places[0]) * width, m * width).reshape(m, 4 * width)
+    words = [philox(seed, site, time, int(place) * width, width) for place in places]
+    return np.array(words, np.uint64).reshape(m, 4 * width)
+
+
+def alternating(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """bool (n): whether images by number are flipped in an epoch: drawn once for each, then by turns."""
+    return (blocks(seed, AUGMENT_SITE + 1, 0, images)[:, 0] >> 63 != 0) ^ bool(epoch % 2)
+
+
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """int32 (n): a bijection of 0 .. n-1 for each (seed, epoch), computable one index at a time.
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 
+from gpunet.core.augmentation import AUGMENTATIONS, Augmentation
 from gpunet.data.cifar import load_cifar
 from gpunet.data.dataset import Arrays, DataNotFound, DataSet, Split, hold_out, subset
 from gpunet.data.folder import load_folder
@@ -18,7 +19,9 @@ from gpunet.data.statistics import channel_statistics, mean_image
 from gpunet.errors import GpunetError
 
 __all__ = [
+    "AUGMENTATIONS",
     "Arrays",
+    "Augmentation",
     "DataNotFound",
     "DataSet",
     "Report",

@@ -103,6 +103,32 @@ def captioned_sheet(images, captions, columns=6, side=144):
     return sheet
 
 
+def rows_sheet(rows, captions, heads, limits=(0, 255), side=72):
+    """Return a Pillow image of rows of pictures (n, h, w, c) beside the lines of their captions, under `heads`.
+
+    limits: the pixel values that are black and white.
+    """
+    low, high = limits
+    height, width = rows[0].shape[1:3]
+    factor = max(1, side // max(height, width)) if max(height, width) <= side else side / max(height, width)
+    height, width = round(height * factor), round(width * factor)
+    font, line, head = ImageFont.load_default(12), 15, 20
+    margin = 3 * GAP + round(max(font.getlength(text) for caption in captions for text in caption))
+    tops = np.cumsum([head, *(max(height, line * len(caption)) + 3 * GAP for caption in captions)]).tolist()
+    sheet = Image.new("RGB", (margin + len(heads) * (width + GAP), tops[-1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, text in enumerate(heads):
+        pen.text((margin + column * (width + GAP), GAP), _cut(text, font, width), fill="#444444", font=font)
+    for row, caption, top in zip(rows, captions, tops, strict=False):
+        for i, text in enumerate(caption):
+            pen.text((GAP, top + i * line), text, fill="#444444" if i else "black", font=font)
+        pixels = ((row - low) * (255 / max(high - low, 1e-12))).clip(0, 255).round().astype(np.uint8)
+        for column, picture in enumerate(_visible(pixels)):
+            shown = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(shown, (margin + column * (width + GAP), top))
+    return sheet
+
+
 def _cut(text, font, width):
     """Return a text, or as much of its beginning as fits into `width` pixels."""
     if font.getlength(text) <= width:

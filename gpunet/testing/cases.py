@@ -7,6 +7,8 @@ kernel overwrites come full of NaN (or of another impossible value), so that wha
 
 import numpy as np
 
+from gpunet.backends.numpy.transforms import transforms_draw
+from gpunet.core.augmentation import COLOR, GEOMETRY, Augmentation
 from gpunet.core.random import lanes
 from gpunet.core.state import new_state
 
@@ -562,7 +564,7 @@ CROPS = [  # h, w, c, oh, ow, pad, reflect, flip, mean image
     (6, 5, 3, 6, 5, 4, 0, 1, True),
     (6, 5, 4, 6, 5, 4, 1, 0, True),
     (8, 8, 3, 5, 7, 1, 0, 0, False),
-    (5, 4, 31, 5, 4, 1, 0, 1, False),
+    (5, 4, 31, 5, 4, 1, 0, 2, False),
 ]
 
 
@@ -870,6 +872,104 @@ def _dropconnect_relu(rng, size, real, wide):
     arrays = {"x": x, "w": rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(wide)}
     arrays |= {"mean": random(rng, (n, outputs), real, [1, 5][size % 2]), "y": blank((n, outputs), real)}
     return {**arrays, "keep": [0.5, 1.0, 0.9][size % 3], "n": n, "inputs": inputs, "outputs": outputs}
+# transforms, and the launches of augment that follow them
+
+WARPS = {"rescale": [0.6, 1.6], "rotate": 180.0, "shear": 30.0, "stretch": 1.5, "zoom": 1.5, "lens": [-0.3, 1.0]}
+COLORS = {"brightness": [0, 2], "contrast": 1.0, "saturation": [0, 3], "hue": 0.5, "lighting": 0.5}
+SOME = {"warp_probability": 0.5, "color_probability": 0.5, "cutout_probability": 0.5, "mix_probability": 0.5}
+DESCRIPTIONS = [
+    {},
+    {"alternate": True, "crop": 2, "rotate": [10, 10], **COLORS, "cutout": 3, "cutmix": 1.0},
+    {**WARPS, **COLORS, **SOME, "flip_vertical": 0.25, "interpolation": "random", "mixup": 0.2, "cutmix": 1.0},
+    {"crop": 4, "elastic": 34.0, "mixup": 0.5, "cutout": 1},  # of no image: BATCHES
+    {**WARPS, **SOME, "elastic": 10.0, "elastic_sigma": 1.5, "interpolation": "cubic"},
+    {"rescale": 2.0, "interpolation": "area", "cutmix": 3.0, "mix_probability": 0.7, "flip": 0.9},
+    {"stretch": [2, 2], "zoom": [0.5, 0.5], "interpolation": "nearest", **COLORS, "mixup": 100.0, "elastic": 34.0},
+    {"lens": 0.3, "elastic": 3.0, "elastic_sigma": 0.25, "flip": True, "mixup": 1.0, **SOME},
+]
+PICTURES = [(1, 1, 2), (8, 6, 3), (7, 7, 1), (5, 9, 3), (16, 11, 4), (6, 5, 3), (9, 9, 3), (5, 40, 1)]  # h, w, c
+
+
+def _drawn(rng, size, real, wide):
+    """Return ({n, h, w, ...}, arguments of transforms_draw with its outputs filled in)."""
+    arguments = _transforms_draw(rng, size, real, wide)
+    transforms_draw(**arguments)
+    return arguments
+
+
+@case("transforms_draw")
+def _transforms_draw(rng, size, real, wide):
+    order, now, s = _batch(rng, size)
+    h, w, _ = PICTURES[size]
+    what = Augmentation(**DESCRIPTIONS[size])
+    mix, elastic = int(what.mixes), int(what.elastic > 0)
+    slots = s["n"] * (1 + mix)
+    moves = (slots * 2 * h * w - 1) * elastic + 1
+    return {
+        "order": order,
+        "state": now,
+        "settings": what.table(rng.normal(0, 30, (3, 3))),
+        "weights": what.gaussian,
+        "geometry": blank((slots, len(GEOMETRY)), np.int64),
+        "color": blank((slots, len(COLOR)), wide),
+        "rows": blank(moves, np.int32),
+        "field": blank(moves, np.int32),
+        "seed": SEEDS[size % 4],
+        "mix": mix,
+        "elastic": elastic,
+        "radius": len(what.gaussian) - 1,
+        **{name: s[name] for name in ("batch", "batches", "first", "places", "n")},
+        **{"h": h, "w": w},
+    }
+
+
+@case("batch_warp")
+def _batch_warp(rng, size, real, wide):
+    drawn, (h, w, c), count = _drawn(rng, size, real, wide), PICTURES[size], BATCHES[size][5]
+    shape = (count, h, w, c)
+    images = rng.integers(0, 256, shape, np.uint8) if size % 2 else random(rng, shape, np.float32, 99)
+    slots = len(drawn["geometry"])
+    return {
+        "images": images,
+        **{name: drawn[name] for name in ("geometry", "field")},
+        "warped": blank((slots, h, w, c), wide),
+        **{name: drawn[name] for name in ("mix", "elastic")},
+        "reflect": size // 2 % 2,
+        **{"set": count, "n": drawn["n"], "h": h, "w": w, "c": c},
+    }
+
+
+@case("batch_finish")
+def _batch_finish(rng, size, real, wide):
+    drawn, (h, w, c) = _drawn(rng, size, real, wide), PICTURES[size]
+    photometric = int(Augmentation(**DESCRIPTIONS[size]).colors)
+    shape = (len(drawn["geometry"]), h, w, c)
+    warped = rng.integers(0, 256, shape).astype(wide) if photometric else random(rng, shape, wide, 99)
+    channels = h * w * c if size in (3, 6) else c
+    return {
+        "warped": warped,
+        **{name: drawn[name] for name in ("geometry", "color")},
+        "mean": rng.uniform(90, 140, channels).astype(wide),
+        "scale": rng.uniform(0.01, 0.02, channels).astype(wide),
+        "x": blank((drawn["n"], h, w, c), real),
+        "photometric": photometric,
+        "mix": drawn["mix"],
+        **{"channels": channels, "n": drawn["n"], "h": h, "w": w, "c": c},
+    }
+
+
+@case("batch_targets_mixed")
+def _batch_targets_mixed(rng, size, real, wide):
+    mixing = [1, 2, 3, 5, 6, 7][size % 6]
+    drawn, count = _drawn(rng, mixing, real, wide), BATCHES[mixing][5]
+    k, n = [1, 10, 3, 100, 2, 31, 10, 7][size], drawn["n"]
+    return {
+        "labels": rng.integers(0, k, count).astype(np.int32),
+        **{name: drawn[name] for name in ("geometry", "color")},
+        "targets": blank((n, k), real),
+        "smoothing": [0.0, 0.1][size % 2],
+        **{"set": count, "n": n, "k": k},
+    }
 
 
 # loss

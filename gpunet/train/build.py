@@ -151,19 +151,16 @@ def preprocessed_sheet(config, dataset, name="train"):
 
 def build_source(config, name, dataset, mean, scale):
     """Return the Source of a split; only "train" is augmented, smoothed and shuffled."""
-    augment = config.augment
     return Source(
         dataset.splits[name],
         mean,
         scale,
-        flip=augment.flip,
-        pad=augment.crop,
-        reflect=augment.reflect,
         smoothing=config.smoothing,
         classes=len(dataset.classes) or None,
         order=config.train.order if name == "train" else "stored",
         window=config.train.window,
         name=name,
+        augmentation=config.augment.augmentation if name == "train" else None,
     )
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import tomllib
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from gpunet import caffe, resources
+from gpunet.core.augmentation import INTERPOLATIONS, Augmentation, check
 from gpunet.data import LOADERS
 from gpunet.errors import GpunetError
 from gpunet.models import MODELS
@@ -31,6 +33,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Range = float | list[float]
 
 
 class Section(BaseModel):
@@ -94,11 +97,44 @@ class Preprocess(Section):
 
 
 class Augment(Section):
-    """A random crop of the image padded by `crop` pixels, flipped or not; of training images alone."""
+    """What is done to training images alone, as gpunet.core.augmentation has it; a range is a number or [low, high]."""
 
-    flip: bool = False
+    flip: bool | float = False
+    flip_vertical: bool | float = False
+    alternate: bool = False
     crop: Natural = 0
     reflect: bool = False
+    rescale: Range = 1.0
+    rotate: Range = 0.0
+    shear: Range = 0.0
+    stretch: Range = 1.0
+    zoom: Range = 1.0
+    lens: Range = 0.0
+    elastic: float = 0.0
+    elastic_sigma: float = 4.0
+    interpolation: Literal[INTERPOLATIONS] = "bilinear"
+    warp_probability: float = 1.0
+    brightness: Range = 0.0
+    contrast: Range = 0.0
+    saturation: Range = 0.0
+    hue: Range = 0.0
+    lighting: float = 0.0
+    color_probability: float = 1.0
+    cutout: Natural = 0
+    cutout_probability: float = 1.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+
+    @field_validator(*(field.name for field in fields(Augmentation)))
+    @classmethod
+    def _check(cls, value, info):
+        return check(info.field_name, value, info.data)
+
+    @property
+    def augmentation(self):
+        """What is done to training images, but for mean and scale."""
+        return Augmentation(**{field.name: getattr(self, field.name) for field in fields(Augmentation)})
 
 
 class Group(Section):
@@ -403,6 +439,7 @@ _EXPECTED = {
     "union_tag_invalid": "{expected_tags}",
     "too_short": "a list of at least {min_length}",
     "model_type": "a table",
+    "value_error": "{error}",
 }
 
 
