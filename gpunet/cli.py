@@ -481,6 +481,7 @@ def main():
     except (GpunetError, OSError) as error:
         if debug:
             raise
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"gpunet: {text}", file=sys.stderr)
+        if not isinstance(error, GpunetError):
+            error = GpunetError(f"{error.filename}: {error.strerror}" if error.filename else error)
+        print(f"gpunet: {error}", file=sys.stderr)
         sys.exit(2)

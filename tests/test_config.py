@@ -9,7 +9,9 @@ import pytest
 from gpunet import resources
 from gpunet.errors import GpunetError
 from gpunet.optim import schedules
+from gpunet.train import Trainer
 from gpunet.train.config import Config, load_config, parse_config, to_toml
+from gpunet.train.summary import Plan
 
 SMALLEST = {"model": {"name": "mlp"}, "data": {"name": "shapes"}}
 CONFIGS = sorted(resources.configs().glob("*.toml"))
@@ -196,3 +198,64 @@ def test_caffes_recipe_has_caffes_settings():
     assert (config.optimizer.momentum, config.optimizer.weight_decay, config.optimizer.form) == (0.9, 0.004, "caffe")
     assert (config.preprocess.affine, config.augment.crop) == (("image", 1), 0)
     assert config.train.order == "stored" and not config.augment.flip
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("x = " + "[" * 5000, "not TOML: lists or tables in each other, too deep"),
+        ("x = " + "9" * 5000, "not TOML: Exceeds the limit"),
+        ("a" * 100_000 + " = 1", "unknown section [aaa"),
+        ('"\\u001b[31m" = 1', r"unknown section [\x1b[31m]"),
+    ],
+)
+def test_a_hostile_file_is_one_short_printable_line(content, said, tmp_path):
+    (tmp_path / "a.toml").write_text(content + "\n")
+    with pytest.raises(GpunetError) as caught:
+        load_config(tmp_path / "a.toml")
+    assert said in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("text", ["model.\udcff=1", "model.x=" + "9" * 5000, "model.x=" + "[" * 5000])
+def test_a_hostile_override_is_one_short_printable_line(text, tmp_path):
+    with pytest.raises(GpunetError, match=r"^--set model\..*: expected text in UTF-8, numbers of less") as caught:
+        load_config(write(tmp_path), [text])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"data": {"train": "many"}}, "data shapes: train: expected a whole number, got 'many'"),
+        ({"data": {"train": 10**13}}, r"\[data\] shapes with train = 10000000000000, test = 20: "),
+        ({"data": {"train": 10**30}}, r"\[data\] shapes with train = 10+, test = 20: "),
+        ({"model": {"name": "vgg", "widths": [1, 2]}}, r"vgg: widths: expected 5, one a stage, got \[1, 2\]"),
+        ({"model": {"name": "resnet20", "widths": []}}, r"\[model\] resnet20 with widths = \[\]: "),
+        ({"model": {"name": "cifar10_quick", "bias_rate": [1]}}, r"\[model\] cifar10_quick with bias_rate = \[1\]: "),
+        ({"schedule": {"name": "step", "size": 1e308}}, r"\[schedule\] step: no table of the rates of 10 epochs"),
+        (
+            {"schedule": {"name": "step", "size": 1, "gamma": 1e308}},
+            r"\[schedule\] step: expected finite rates, got \S+ at",
+        ),
+        ({"train": {"epochs": 10**15}}, r"\[schedule\] const: no table of the rates of 1000000000000000 epochs"),
+    ],
+)
+def test_extreme_settings_are_refused_by_the_plan(sections, said):
+    made = {"model": {"name": "mlp"}, "data": {"name": "shapes", "train": 100, "test": 20}}
+    with pytest.raises(GpunetError, match=said):
+        Plan(parse_config({**made, **{k: made.get(k, {}) | v for k, v in sections.items()}})).memory()
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"optimizer": {"lr": 1e39}}, r"\[schedule\] const: expected finite rates, got 1e\+39 at update 0"),
+        ({"preprocess": {"mean": 1e39}}, r"source \w+: mean or scale: expected finite numbers that float32 can hold"),
+        ({"preprocess": {"scale": [0.1, 0.1, 1e308]}}, r"source \w+: mean or scale: expected finite numbers that"),
+    ],
+)
+def test_numbers_beyond_float32_are_refused_by_a_training(sections, said):
+    made = {"model": {"name": "mlp", "hidden": [3]}, "data": {"name": "shapes", "train": 100, "test": 20}}
+    with pytest.raises(GpunetError, match=said):
+        Trainer(parse_config(made | {"train": {"batch": 20, "backend": "numpy"}} | sections), show=False)

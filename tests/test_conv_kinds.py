@@ -191,7 +191,7 @@ MISTAKES = [
     (lambda: DepthwiseConv2d(3, 1.5), "DepthwiseConv2d: multiplier: expected a whole number of at least 1, got 1.5"),
     (lambda: DepthwiseConv2d(2), r"DepthwiseConv2d: padding 'same' needs an odd size, got \(2, 2\)"),
     (lambda: DepthwiseConv2d("3"), "DepthwiseConv2d: size: expected one or two whole numbers, got '3'"),
-    (lambda: LocallyConnected2d(0, 3), "LocallyConnected2d: expected outputs, size, stride, dilation, groups of at"),
+    (lambda: LocallyConnected2d(0, 3), "LocallyConnected2d: outputs: expected a whole number from 1 to"),
     (lambda: LocallyConnected2d(3, [3, 3, 3]), r"LocallyConnected2d: size: expected one or two whole numbers, got \[3"),
     (lambda: ConvTranspose2d(0, 3), "ConvTranspose2d: outputs: expected a whole number of at least 1, got 0"),
     (lambda: ConvTranspose2d(3, 3, -1), "ConvTranspose2d: stride: expected one or two whole numbers, got -1"),

@@ -1,5 +1,6 @@
 """CIFAR in both layouts, real and small; all ways in which its files can be wrong or hostile; downloads, fallback."""
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -398,6 +399,17 @@ def test_a_silent_server(published, monkeypatch):
     published.RequestHandlerClass.do_GET = lambda self: held.wait(5)
     refused(lambda: data.load("cifar10"), "no answer", kind=DataNotFound)
     held.set()
+
+
+@pytest.mark.parametrize("harm", ["cut", "no gzip inside", "a bad length"])
+def test_a_damaged_archive_with_the_right_checksum(harm, published, tmp_path, monkeypatch):
+    content = published.files["/cifar.tar.gz"]
+    tar = gzip.decompress(content)
+    bad = {"cut": content[: len(content) // 2], "no gzip inside": content[:100] + bytes(50) + content[150:]}
+    bad["a bad length"] = gzip.compress(tar[:124] + b"\xff" * 12 + tar[136:])
+    publish(published, monkeypatch, bad[harm])
+    refused(lambda: data.load("cifar10"), "cifar-10-batches-py", kind=DataNotFound)
+    assert cached(tmp_path) == []
 
 
 def test_an_archive_that_climbs_out(server, tmp_path, monkeypatch):

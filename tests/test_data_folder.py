@@ -4,7 +4,12 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -332,3 +337,61 @@ def test_check_reports_counts_and_problems(root, tmp_path):
         assert words in text, text
     assert "expected pictures" in str(data.check(tmp_path / "set" / "train"))
     refused(lambda: data.check(tmp_path / "none"), "expected a folder", "found nothing")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "I;16", "CMYK", "L"])
+def test_large_pictures_are_converted_in_strips_to_the_same_pixels(mode, tmp_path, monkeypatch):
+    pixels = RNG.integers(0, 256, (37, 45, 4 if mode in ("RGBA", "CMYK") else 3), np.uint8)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 250) if mode == "I;16" else Image.fromarray(pixels, None)
+    image = image if mode in ("I;16", image.mode) else image.convert(mode)
+    path = saved(
+        tmp_path, image, "a.tif" if mode == "CMYK" else "a.png", **({"transparency": 3} if mode == "P" else {})
+    )
+    for channels in (1, 3):
+        whole = np.asarray(data.open_image(path, channels))
+        with monkeypatch.context() as patch:
+            patch.setattr(picture, "STRIP", 45 * 5)
+            assert np.array_equal(np.asarray(data.open_image(path, channels)), whole)
+
+
+def test_threads_wait_for_room(tmp_path, monkeypatch):
+    """Of pictures that are large together, some wait; all are read."""
+    paths = [saved(tmp_path, Image.new("RGB", (30, 30), (i, 0, 0)), f"{i}.png") for i in range(6)]
+    held, most, lock = [0], [0], threading.Lock()
+    original = picture._plain
+
+    def plain(image, mode):
+        with lock:
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+        time.sleep(0.02)
+        with lock:
+            held[0] -= 1
+        return original(image, mode)
+
+    monkeypatch.setattr(picture, "_plain", plain)
+    for room, expected in ((2 * 900, 2), (10**9, 6)):
+        monkeypatch.setattr(picture, "ROOM", picture._Room(room))
+        most[0] = 0
+        with ThreadPoolExecutor(6) as pool:
+            found = [int(p[0, 0, 0]) for p in pool.map(lambda path: data.prepare_image(path, (2, 2)), paths)]
+        assert found == [0, 1, 2, 3, 4, 5]
+        assert most[0] == expected if expected == 2 else most[0] > 2
+
+
+def test_a_picture_of_64_million_pixels_is_read_in_little_memory(tmp_path):
+    """In a process of its own, whose highest memory is measured."""
+    stream = Image.new("RGBA", (8000, 8000))
+    stream.save(tmp_path / "a.png", compress_level=1)
+    script = f"""
+import numpy, PIL.Image
+from gpunet.data import prepare_image
+assert prepare_image({str(tmp_path / "a.png")!r}, (4, 4)).shape == (4, 4, 3)
+print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])  # without the parent's
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 800_000  # kB; the picture has 256 MB, and 256 MB as RGB
+
+
+def test_the_number_of_channels_is_looked_at_first(root):
+    refused(lambda: load(root, channels=-1), "folder: channels: expected 1 or 3, got -1")

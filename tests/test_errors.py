@@ -5,6 +5,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+from gpunet import nn
 from gpunet.core import sources
 from gpunet.core.backend import Types, check_launch
 from gpunet.core.source import Source
@@ -299,3 +300,24 @@ def test_sources():
     step = Step(network(), SoftmaxCrossEntropy(), batch=2, replicas=1, source=Source(split()))
     with closing(step), pytest.raises(GpunetError, match="source: the name 'train' is taken by another"):
         step.evaluate(Source(split()))
+
+
+def test_a_message_is_printable_and_not_too_long():
+    assert str(GpunetError("a\nb\x1b[31m\u202e\udcff ü 猫")) == "a\\nb\\x1b[31m\\u202e\\udcff ü 猫"
+    text = str(GpunetError("a" * 5000 + "end"))
+    assert len(text) < 2000 and text.startswith("aaa") and " ... " in text and text.endswith("aend")
+    assert str(GpunetError("kernels/x.cu: g++:", "line 1\nline 2")) == "kernels/x.cu: g++:\nline 1\nline 2"
+
+
+@pytest.mark.parametrize(
+    "value", [["normal", -1], ["he", "normal", "x"], ["uniform", 1e308], ["constant", np.nan], ["normal", None]]
+)
+def test_first_values_are_drawn_with_finite_numbers(value):
+    with pytest.raises(GpunetError, match=r"^init: \w+: \w+: expected a number"):
+        nn.Linear(3, weight_init=value)
+
+
+@pytest.mark.parametrize("outputs", [0, -1, 2.0, True, "3", 2**31, None])
+def test_the_outputs_of_a_linear_layer(outputs):
+    with pytest.raises(GpunetError, match="^Linear: outputs: expected a whole number from 1 to "):
+        nn.Linear(outputs)

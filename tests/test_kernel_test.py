@@ -130,14 +130,14 @@ def test_a_shipped_family_in_all_parts(test):
     code, out, err = test("order")
     assert (code, err) == (0, "")
     rows = rows_of(out)
-    for name in ("order_draw", "order_stored"):
+    for name in ("order_draw", "order_stored", "order_replacement", "order_balanced"):
         cells = rows[name].split()
         assert cells[1:6] == ["0", "0", "0", "0", "clean"] and cells[-2:] == ["0", "0"], rows[name]
         least, most = map(int, cells[6].split("-"))
         assert 0 < least < most < 256
-    assert out.splitlines()[-1] == "2 of 2 kernels hold"
+    assert out.splitlines()[-1] == "4 of 4 kernels hold"
     _, out, _ = test(resources.kernels() / "order.cu", "--only", "compile", "order_draw")
-    assert out.endswith("2 of 2 kernels hold\n")
+    assert out.endswith("4 of 4 kernels hold\n")
 
 
 @needs_compiler
@@ -332,7 +332,7 @@ def test_a_part_without_its_tool_is_skipped_with_the_reason(test, monkeypatch):
         "emulator is skipped: there is no g++",
         "address sanitizer is skipped: there is no g++",
         "thread sanitizer is skipped: there is no g++",
-        "nothing was tried of 2 kernels",
+        "nothing was tried of 4 kernels",
     ]
     monkeypatch.setattr(emulator, "problem", lambda: None)
     monkeypatch.setattr(build, "runtime", lambda kind: build.RUNTIMES[kind])  # as g++ names a file it has not

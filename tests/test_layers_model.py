@@ -91,7 +91,7 @@ def one(**entry):
         (one(layer="Linear", outputs=2.0), "layer 1: outputs: expected a whole number, got 2.0"),
         (one(layer="Linear", outputs=True), "layer 1: outputs: expected a whole number, got True"),
         (one(layer="Linear", outputs=[1, 2]), "layer 1: outputs: expected a whole number, got [1, 2]"),
-        (one(layer="Linear", outputs=0), "linear1: output would have shape (0,)"),
+        (one(layer="Linear", outputs=0), "layer 1: Linear: outputs: expected a whole number from 1"),
         (one(layer="MaxPool", size=[1, 2, 3]), "layer 1: size: expected a whole number, or two of them, got [1, 2, 3]"),
         (one(layer="MaxPool", size=0), "layer 1: pool: expected size and stride of at least 1"),
         (one(layer="MaxPool", size=2, stride="x"), "layer 1: pool: stride: expected one or two whole numbers, got 'x'"),

@@ -199,7 +199,7 @@ def test_the_command(run, drawn, gpunet, tmp_path):
         code, out, err = gpunet("plot", *arguments)
         assert (code, out) == (2, "") and err.startswith("gpunet: ") and said in err and err.count("\n") == 1
     (tmp_path / "runs" / "one" / "config.toml").write_text("x = [")
-    assert "runs/one/config.toml: expected a config of gpunet" in gpunet("plot", "one")[2]
+    assert "runs/one/config.toml: not TOML: " in gpunet("plot", "one")[2]
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, 0.0])

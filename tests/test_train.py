@@ -232,20 +232,23 @@ def interrupted(kind, config, after=7):
         Trainer(config(train={"epochs": 50}), data=easy()).fit()
 
 
-@pytest.mark.parametrize(("kind", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
+)
 def test_a_signal_leaves_a_checkpoint_and_a_report(kind, raised, config, tmp_path):
-    handlers = [signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(k) for k in Signals.KINDS]
     with pytest.raises(raised) as caught:
         interrupted(kind, config)
     if raised is SystemExit:
-        assert caught.value.code == 143
+        assert caught.value.code == {signal.SIGTERM: 143, signal.SIGHUP: 129}[kind]
     (folder,) = runs(tmp_path)
     assert Run(folder).checkpoint("last").state["update"] == 7
     assert len([r for r in Run(folder).metrics() if r["split"] == "train"]) == 7
     text = (folder / "report.md").read_text()
     assert f"Interrupted by {kind.name}." in text
     assert "measured once" not in text  # the test split waits for the end of a training
-    assert [signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(k) for k in Signals.KINDS] == handlers
 
 
 def test_a_second_signal_ends_at_once():

@@ -1,6 +1,8 @@
 """Memory that outlives a program: named arenas, allocated and filled at first use, one a replica or one for all."""
 
+import math
 from collections.abc import MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,18 @@ class _Arena:
 
     @property
     def nbytes(self):
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def room(what):
+    """Turn it into a GpunetError where there is not the memory for `what`, or no array can be so large."""
+    try:
+        yield
+    except GpunetError:
+        raise
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise GpunetError(f"{what}: cannot be allocated: {error}") from None
 
 
 class Arenas:
@@ -52,18 +65,22 @@ class Arenas:
     def memory(self, name, replica):
         """Return the memory of an arena in a replica."""
         if name not in self._memory:
-            arena = self._arenas[name]
-            content = arena.content() if arena.content else None
-            if arena.adopt:
-                self._memory[name] = [self.backend.adopt(content)]
-            else:
-                count = 1 if arena.shared else self.replicas
-                allocate = self.backend.allocate_shared if arena.open else self.backend.allocate
-                self._memory[name] = [allocate(arena.nbytes) for _ in range(count)]
-                if content is not None:
-                    self.set(name, content)
+            with room(name):
+                self._allocate(name)
         blocks = self._memory[name]
         return blocks[replica % len(blocks)]
+
+    def _allocate(self, name):
+        arena = self._arenas[name]
+        content = arena.content() if arena.content else None
+        if arena.adopt:
+            self._memory[name] = [self.backend.adopt(content)]
+            return
+        count = 1 if arena.shared else self.replicas
+        allocate = self.backend.allocate_shared if arena.open else self.backend.allocate
+        self._memory[name] = [allocate(arena.nbytes) for _ in range(count)]
+        if content is not None:
+            self.set(name, content)
 
     def view(self, name, replica=0):
         """Return the backend's view of a whole arena in a replica."""

@@ -1,5 +1,6 @@
 """Weights and statistics in flat arenas: where each tensor lies, and the table that tells whose block is whose."""
 
+import math
 import zlib
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ class Parameter:
     @property
     def size(self):
         """Elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 def generator(seed, name):
@@ -78,7 +79,8 @@ class Layout:
         """Return the arena's first contents; each parameter draws from its own generator, keyed by its name."""
         arena = np.zeros(self.size, dtype)
         for name, p in self.parameters.items():
-            self.slice(arena, name)[...] = p.initial(generator(seed, name), p.shape)
+            with np.errstate(over="ignore"):  # infinite in float32: training says so
+                self.slice(arena, name)[...] = p.initial(generator(seed, name), p.shape)
         return arena
 
     def slice(self, arena, name):

@@ -11,6 +11,7 @@ from itertools import groupby
 
 import numpy as np
 
+from gpunet.core.arenas import room
 from gpunet.core.observe import COLLECTIVES, Output
 from gpunet.core.plan import Plan, plan
 from gpunet.core.replicas import Team
@@ -67,10 +68,12 @@ class Replay:
         needed = self.scratch_bytes()
         if not self._scratch or self._scratch[0].nbytes < needed:
             self._bound, self._graphs, self._scratch = {}, {}, []  # freed before the larger one is taken
-            self._scratch = [self.backend.allocate(needed) for _ in range(self.arenas.replicas)]
+            with room(f"scratch of {needed:,} bytes a replica"):
+                self._scratch = [self.backend.allocate(needed) for _ in range(self.arenas.replicas)]
         if self._team is None:
-            self._team = Team(self.arenas.replicas, self.backend.blas)
-            self._workspaces = [self.backend.workspace() for _ in range(self.arenas.replicas)]
+            with room(f"{self.arenas.replicas} replicas"):
+                self._workspaces = [self.backend.workspace() for _ in range(self.arenas.replicas)]
+                self._team = Team(self.arenas.replicas, self.backend.blas)
         bound = [self._bind(key) for key in keys]
         if self.observers:
             self._team.run(self._observed(keys, bound))

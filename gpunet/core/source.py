@@ -93,6 +93,8 @@ class Source:
         """Return a mean or scale as one value a channel, or one a pixel and channel."""
         value = np.asarray(value, np.float64)
         channels = self.shape[2]
+        if not (np.abs(value) <= np.finfo(np.float32).max).all():
+            raise GpunetError(f"source {self.name}: mean or scale: expected finite numbers that float32 can hold")
         if value.ndim <= 1 and value.size in (1, channels):
             return np.broadcast_to(value, (channels,))
         if value.size == np.prod(self.shape):

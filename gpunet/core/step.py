@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
-from gpunet.core.arenas import Arenas, Tensors
+from gpunet.core.arenas import Arenas, Tensors, room
 from gpunet.core.backend import Types
 from gpunet.core.params import BLOCK, Layout
 from gpunet.core.replay import Replay
@@ -136,8 +136,9 @@ class Step:
         if x.ndim != 4 or x.shape[1:] != self.graph.input_shape:
             expected = ", ".join(map(str, self.graph.input_shape))
             raise GpunetError(f"predict: x: expected shape (n, {expected}), got {x.shape}")
-        output = np.empty((len(x), *self.graph.output_shape), self.types.wide)
-        fixed = np.zeros((self.batch, *x.shape[1:]), self.types.real)
+        with room(f"predict: a batch of {self.batch:,} images"):
+            output = np.empty((len(x), *self.graph.output_shape), self.types.wide)
+            fixed = np.zeros((self.batch, *x.shape[1:]), self.types.real)
         for start in range(0, len(x), self.batch):
             part = self._normalised(x[start : start + self.batch])
             fixed[: len(part)] = part
@@ -344,7 +345,8 @@ class Step:
             ("weights", "group", np.int32, 1),
             ("statistics", "rate", wide, 1),
         ):
-            values = self.layouts[name].rows(column, dtype) * np.dtype(dtype).type(factor)
+            with np.errstate(over="ignore"):  # an infinite rate or decay: the first update says so
+                values = self.layouts[name].rows(column, dtype) * np.dtype(dtype).type(factor)
             declare(f"{name}.{column}", values.shape, dtype, lambda values=values: values, shared=True)
         declare("gradient", (self.layouts["weights"].size,), wide)
         declare("batch_statistics", (self.layouts["statistics"].size,), wide)

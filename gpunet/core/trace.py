@@ -5,6 +5,7 @@ when it returns. This module knows no backend and no layer.
 """
 
 import fnmatch
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,7 +41,7 @@ class Tensor:
     @cached_property
     def size(self):
         """Elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self):
@@ -56,9 +57,9 @@ class Tensor:
         """Return the same elements in another shape; one -1 is inferred."""
         if not self.contiguous:
             raise GpunetError(f"reshape: expected a contiguous tensor, got strides {self.strides}")
-        known = int(np.prod([s for s in shape if s != -1], dtype=np.int64))
+        known = math.prod([s for s in shape if s != -1])
         shape = tuple(self.size // max(known, 1) if s == -1 else int(s) for s in shape)
-        if int(np.prod(shape, dtype=np.int64)) != self.size:
+        if math.prod(shape) != self.size:
             raise GpunetError(f"reshape: shape {self.shape} has {self.size} elements, which {shape} cannot hold")
         return Tensor(self.base, shape, self.dtype, self.offset)
 
@@ -86,7 +87,7 @@ class Tensor:
 
 def c_order(shape):
     """Return the strides, in elements, of an array whose elements follow each other."""
-    return tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 @dataclass(eq=False)
@@ -187,7 +188,7 @@ class Trace:
         """Return a new tensor of scratch memory, `real` unless told."""
         dtype = np.dtype(dtype or self.real)
         shape = tuple(int(s) for s in shape)
-        return Tensor(Base(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, path=self.path), shape, dtype)
+        return Tensor(Base(math.prod(shape) * dtype.itemsize, path=self.path), shape, dtype)
 
     def over(self, x):
         """Return a new tensor like `x` that may lie in its memory: granted where nobody reads `x` later."""

@@ -43,6 +43,7 @@ LOADERS = {"cifar10": load_cifar, "cifar100": load_cifar, "folder": load_folder,
 BOOL, WHOLE = ("true or false", bool), ("a whole number", Integral)
 # What the arguments of `load` must be: in words, then in types.
 KINDS = {
+    "fallback": ("'shapes' or none", str, type(None)),
     "directory": ("a path", str, Path, type(None)),
     "validation": ("a number", Real),
     "limit": (*WHOLE, type(None)),
@@ -50,6 +51,8 @@ KINDS = {
     **dict.fromkeys(("seed", "train", "test", "channels"), WHOLE),
     **dict.fromkeys(("coarse", "download", "skip_unreadable", "cache"), BOOL),
 }
+
+COMMON = ("directory", "validation", "seed", "fallback", "limit")  # those that all sets have
 
 
 def load(name, directory=None, validation=0.1, seed=0, fallback=None, *, limit=None, **options):
@@ -64,7 +67,7 @@ def load(name, directory=None, validation=0.1, seed=0, fallback=None, *, limit=N
         raise GpunetError(f"data: name: expected {', '.join(LOADERS)}, got {name!r}")
     if fallback not in (None, "shapes"):
         raise GpunetError(f"data: fallback: expected 'shapes' or none, got {fallback!r}")
-    _check(name, options, directory=directory, validation=validation, seed=seed, limit=limit)
+    check_arguments(name, **options, directory=directory, validation=validation, seed=seed, limit=limit)
     try:
         dataset = _load(name, directory, seed, options)
     except DataNotFound as error:
@@ -78,12 +81,12 @@ def load(name, directory=None, validation=0.1, seed=0, fallback=None, *, limit=N
     return dataset if limit is None else replace(dataset, train=subset(dataset.train, limit))
 
 
-def _check(name, options, **common):
-    """Refuse options that the loader does not have, and values of another kind."""
+def check_arguments(name, /, **given):
+    """Refuse arguments of `load` that the loader `name` does not have, and values of another kind."""
     parameters = inspect.signature(LOADERS[name]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common]
-    for option, value in {**options, **common}.items():
-        if option not in known and option not in common:
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in COMMON]
+    for option, value in given.items():
+        if option not in known and option not in COMMON:
             raise GpunetError(f"data {name}: unknown option {option!r}; known: {', '.join(known)}")
         words, *kinds = KINDS[option]
         if not isinstance(value, tuple(kinds)) or isinstance(value, bool) != (kinds == [bool]):

@@ -67,13 +67,18 @@ def fetch(archive, into):
 
 
 def _unpack(file, into):
-    """Unpack files and folders that stay inside `into`, and nothing else."""
-    with tarfile.open(file) as tar:
-        if hasattr(tarfile, "data_filter"):
-            tar.extractall(into, filter="data")
-            return
-        plain = [m for m in tar if (m.isfile() or m.isdir()) and not {"..", "/"} & set(Path(m.name).parts)]
-        tar.extractall(into, plain)  # Python 3.11.0 to 3.11.3 have no filter
+    """Unpack files and folders that stay inside `into`, and nothing else; TarError where it is no whole archive."""
+    try:
+        with tarfile.open(file) as tar:
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(into, filter="data")
+                return
+            plain = [m for m in tar if (m.isfile() or m.isdir()) and not {"..", "/"} & set(Path(m.name).parts)]
+            tar.extractall(into, plain)  # Python 3.11.0 to 3.11.3 have no filter
+    except (OSError, tarfile.TarError):
+        raise
+    except Exception as error:  # tarfile and zlib raise a dozen kinds for a damaged file
+        raise tarfile.ReadError(f"the archive is damaged: {error}") from None
 
 
 def _transfer(archive, file, advice):

@@ -29,6 +29,8 @@ def load_folder(directory, *, size, channels=3, skip_unreadable=False, cache=Tru
     size: (height, width), or a number for both. Unreadable pictures are refused, or left out and noted. The pixels are
     packed into the cache folder, under a key of all paths, sizes and times; where that cannot be written, they are not.
     """
+    if channels not in (1, 3):
+        raise GpunetError(f"folder: channels: expected 1 or 3, got {channels}")
     root = Path(directory).expanduser()
     size, shape = _size(size), (*_size(size), channels)
     classes, listing = list_pictures(root)
@@ -81,7 +83,7 @@ def _some(names):
 
 def _size(size):
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and 1 <= side <= 4096 for side in pair):
+    if len(pair) != 2 or not all(type(side) is int and 1 <= side <= 4096 for side in pair):
         raise GpunetError(f"folder: size: expected (height, width) from 1 to 4096, got {size!r}")
     return pair
 

@@ -11,6 +11,8 @@ def vgg(input_shape=(32, 32, 3), classes=10, depth=11, widths=(64, 128, 256, 512
     """VGG-11, 13, 16 or 19 (Simonyan & Zisserman 2015): stages of 3x3 convolutions, each ended by a 2x2 pool."""
     if depth not in STAGES:
         raise GpunetError(f"vgg: depth: expected one of {', '.join(map(str, STAGES))}, got {depth}")
+    if len(widths) != 5:
+        raise GpunetError(f"vgg: widths: expected 5, one a stage, got {widths}")
     image = x = Input(input_shape)
     for stage, (count, width) in enumerate(zip(STAGES[depth], widths, strict=True), 1):
         convs = [conv_bn_relu(width, name=f"conv{i}") for i in range(1, count + 1)]

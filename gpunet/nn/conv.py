@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gpunet.core.params import Parameter
 from gpunet.errors import GpunetError
 from gpunet.nn import init
-from gpunet.nn.graph import Layer, LayerError, spatial
+from gpunet.nn.graph import Layer, LayerError, spatial, width
 from gpunet.nn.linear import bias_gradient, multipliers
 from gpunet.nn.pool import pair
 
@@ -84,7 +84,8 @@ class Conv2d(Layer):
     ):
         super().__init__(name)
         kind = type(self).__name__
-        self.outputs, self.groups, self.bias = outputs, groups, bias
+        self.outputs, self.groups = width(outputs, f"{kind}: outputs"), width(groups, f"{kind}: groups")
+        self.bias = bias
         self.size, self.stride, self.dilation = (
             pair(v, f"{kind}: {what}") for v, what in ((size, "size"), (stride, "stride"), (dilation, "dilation"))
         )

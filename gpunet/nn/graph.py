@@ -10,6 +10,7 @@ A graph is a flat list of nodes in call order. Names are paths: "stem.conv1". Si
 import copy
 from collections import Counter
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from gpunet.errors import GpunetError
 
@@ -56,6 +57,13 @@ class Layer:
 
 class LayerError(GpunetError):
     """What a layer's `setup` expected and got; the graph adds path and producer."""
+
+
+def width(value, what):
+    """Return a whole number from 1 on that a kernel's sizes can be, or raise GpunetError that names `what`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value < 2**31:
+        raise GpunetError(f"{what}: expected a whole number from 1 to 2**31 - 1, got {value!r}")
+    return int(value)
 
 
 def spatial(shape):

@@ -7,12 +7,13 @@ images, too: gpunet.nn.data_init, or [init] of a recipe, gives weights such valu
 
 import inspect
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Integral, Real
 
 import numpy as np
 
 from gpunet.errors import GpunetError
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def fans(shape):
@@ -146,6 +147,12 @@ def lsuv(tolerance=0.01, iterations=10):
     return FromData("lsuv", {"tolerance": tolerance, "iterations": iterations})
 
 
+def _check(what, value, least):
+    """Check a number: not below `least`, and one that float32 can hold."""
+    if not isinstance(value, Real) or not least <= value or not abs(value) <= LARGEST:
+        raise GpunetError(f"init: {what}: expected a finite number{', 0 or more' if least == 0 else ''}, got {value!r}")
+
+
 def _scaled(distribution, variance):
     if distribution not in ("normal", "uniform"):
         raise GpunetError(f"init: distribution: expected 'normal' or 'uniform', got {distribution!r}")
@@ -163,7 +170,7 @@ def _matrix(shape):
 
 
 def _number(what, value, above=None):
-    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= LARGEST:
         raise GpunetError(f"init: {what}: expected a number, got {value!r}")
     if above is not None and value <= above:
         raise GpunetError(f"init: {what}: expected a number above {above}, got {value!r}")

@@ -5,7 +5,7 @@ import math
 from gpunet.core.params import Parameter
 from gpunet.errors import GpunetError
 from gpunet.nn import init
-from gpunet.nn.graph import Layer, LayerError
+from gpunet.nn.graph import Layer, LayerError, width
 
 
 class Linear(Layer):
@@ -27,7 +27,7 @@ class Linear(Layer):
         name=None,
     ):
         super().__init__(name)
-        self.outputs = outputs
+        self.outputs = width(outputs, "Linear: outputs")
         self.bias = bias
         self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
         self._multipliers = (

@@ -30,6 +30,7 @@ def outline(config):
     """Return a DataSet of the sizes of [data] whose pixels were never written: for plans. At most names are read."""
     settings, options = config.data, config.data.model_extra
     with _arguments_of("data", settings):
+        data.check_arguments(settings.name, **settings.arguments)
         if settings.name in cifar.SETS:
             layout = cifar.SETS[settings.name]
             classes = layout.classes["coarse_labels" if options.get("coarse") else list(layout.classes)[-1]]
@@ -42,26 +43,26 @@ def outline(config):
             classes, listing = folder.list_pictures(folder.Path(settings.directory))
             size, counts = options["size"], {name: len(pictures) for name, pictures in listing.items()}
             shape = (*((size, size) if isinstance(size, int) else size), options.get("channels", 3))
-    if "validation" not in counts:
-        held = settings.validation
-        counts["validation"] = int(held) if held >= 1 else round(held * counts["train"])
-        counts["train"] -= counts["validation"]
-    counts["train"] = min(counts["train"], settings.limit or counts["train"])
-    splits = {
-        name: data.Split(np.empty((n, *shape), np.uint8), np.zeros(n, np.int32)) for name, n in counts.items() if n
-    }
-    return data.DataSet(settings.name, classes, **splits)
+        if "validation" not in counts:
+            held = settings.validation
+            counts["validation"] = int(held) if held >= 1 else round(held * counts["train"])
+            counts["train"] -= counts["validation"]
+        counts["train"] = min(counts["train"], settings.limit or counts["train"])
+        splits = {
+            name: data.Split(np.empty((n, *shape), np.uint8), np.zeros(n, np.int32)) for name, n in counts.items() if n
+        }
+        return data.DataSet(settings.name, classes, **splits)
 
 
 def build_graph(config, shape, outputs):
     """Return the network of [model] for images of `shape`; its weights get rates and decays by [optimizer]."""
     with _arguments_of("model", config.model):
         graph = models.build(config.model.name, shape, outputs, **config.model.model_extra)
-    for parameter in graph.parameters():
-        if parameter.trainable and len(parameter.shape) == 1:
-            if not parameter.name.endswith((".gamma", ".slope")):
-                parameter.rate *= config.optimizer.bias_rate
-            parameter.decay *= config.optimizer.decay_bias
+        for parameter in graph.parameters():
+            if parameter.trainable and len(parameter.shape) == 1:
+                if not parameter.name.endswith((".gamma", ".slope")):
+                    parameter.rate *= config.optimizer.bias_rate
+                parameter.decay *= config.optimizer.decay_bias
     for group in config.optimizer.groups:
         names = set(start.matching(graph, group.match, "optimizer.groups: match"))
         for parameter in graph.parameters():
@@ -73,10 +74,12 @@ def build_graph(config, shape, outputs):
 
 @contextmanager
 def _arguments_of(section, named):
-    """Turn a TypeError, which an argument of a wrong type causes somewhere below, into a sentence for the user."""
+    """Turn what an argument of a wrong type or size causes somewhere below into a sentence for the user."""
     try:
         yield
-    except (TypeError, KeyError) as error:
+    except GpunetError:
+        raise
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError, ArithmeticError, MemoryError) as error:
         given = ", ".join(f"{k} = {v!r}" for k, v in named.model_extra.items())
         raise GpunetError(f"[{section}] {named.name} with {given or 'no arguments'}: {error}") from None
 
@@ -164,6 +167,23 @@ def build_source(config, name, dataset, mean, scale):
     )
 
 
+def _rates(config, updates, per_epoch):
+    """Return the rates of all updates, which have to be finite."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            rates = config.rates(updates, per_epoch)
+    except (ArithmeticError, ValueError, MemoryError) as error:
+        train = config.train
+        what = f"{train.steps} updates" if train.steps else f"{train.epochs} epochs of {per_epoch} updates"
+        raise GpunetError(f"[schedule] {config.schedule.name}: no table of the rates of {what}: {error}") from None
+    wrong = np.flatnonzero(~(rates <= np.finfo(np.float32).max))
+    if len(wrong):
+        raise GpunetError(
+            f"[schedule] {config.schedule.name}: expected finite rates, got {rates[wrong[0]]} at update {wrong[0]}"
+        )
+    return rates
+
+
 def build_step(config, graph, source=None, backend=None):
     """Return the Step that trains `graph` on a source, but for what [start] freezes; without, one that only predicts.
 
@@ -176,7 +196,7 @@ def build_step(config, graph, source=None, backend=None):
         optimizer = rule(**{f.name: getattr(settings, f.name) for f in fields(rule)})
         per_epoch = -(-batches // train.batches_an_update(batches))
         updates = train.steps or train.epochs * per_epoch
-        rates = config.rates(updates, per_epoch)
+        rates = _rates(config, updates, per_epoch)
         average = build_average(config.average, updates / per_epoch, per_epoch)
         keep = watch.keeps(graph, train.watch)
         start.freeze_weights(graph, config.start.freeze, config.start.freeze_statistics)

@@ -16,8 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 import gpunet
 from gpunet.core import random
@@ -26,6 +26,7 @@ from gpunet.errors import GpunetError
 
 FORMAT = 3
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # raised by what reads it
+FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}  # what tensors may be, and to NumPy
 SEAL, BLANK = b'"sha256":"', b"0" * 64  # as they stand in the header; inside the other JSON quotes are escaped
 
 
@@ -99,7 +100,7 @@ class Checkpoint:
             raise GpunetError(f"{place}: expected a checkpoint, found no file")
         try:
             content = path.read_bytes()
-            tensors = dict(sorted(load(content).items()))
+            tensors = dict(sorted(deserialize(content)))
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         except (SafetensorError, OSError, *MALFORMED) as error:
             raise GpunetError(f"{place}: expected a checkpoint; the file is damaged or none: {error}") from None
@@ -108,12 +109,19 @@ class Checkpoint:
         groups = {"weights": {}, "statistics": {}, "optimizer": {}, "input": {}}
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
+            if group not in groups:
+                continue
+            kept = groups[group]
             if group == "optimizer":
-                group, _, rest = rest.partition("/")
-                groups["optimizer"].setdefault(group, {})[rest] = tensor
-            elif group in groups:
-                groups[group][rest] = tensor
+                slot, _, rest = rest.partition("/")
+                kept = kept.setdefault(slot, {})
+            kept[rest] = _array(f"{place}: {name}", tensor)
         return cls(**groups, state=meta.pop("state"), about=meta, place=place, checksum=checksum)
+
+    def check(self, graph):
+        """Raise GpunetError where names or shapes are not those of a network."""
+        for group, given, trainable in (("weights", self.weights, True), ("statistics", self.statistics, False)):
+            self._check(group, given, {p.name: p.shape for p in graph.parameters() if p.trainable is trainable})
 
     def restore(self, step):
         """Put weights and statistics into a step; also optimizer state and State, if the step has an optimizer.
@@ -129,30 +137,29 @@ class Checkpoint:
         for slot, tensors in slots.items():
             pairs.append((f"optimizer {slot}", self.optimizer.get(slot, {}), tensors))
         for group, given, target in pairs:
-            self._check(group, given, target)
-        for _, given, target in pairs:
-            for name in target:
-                target[name] = given[name]
+            self._check(group, given, {name: array.shape for name, array in target.items()})
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, as the file has it as good as
+            for _, given, target in pairs:
+                for name in target:
+                    target[name] = given[name]
         if step.optimizer is not None:
             record = step.state
             for name in record.dtype.names:
                 record[name] = self.state[name]
             step.state = record
 
-    def _check(self, group, given, target):
-        """Check that `given` has the names and shapes of `target`."""
-        missing, foreign = [n for n in target if n not in given], [n for n in given if n not in target]
+    def _check(self, group, given, shapes):
+        """Check that `given` has the names and shapes in `shapes`."""
+        missing, foreign = [n for n in shapes if n not in given], [n for n in given if n not in shapes]
         if missing or foreign:
             what = [f"has no {', '.join(missing[:3])}"] if missing else []
             what += [f"has {', '.join(foreign[:3])}, which the network has not"] if foreign else []
             raise GpunetError(
-                f"{self.place}: {group}: expected the network's {len(target)} names; the file {' and '.join(what)}"
+                f"{self.place}: {group}: expected the network's {len(shapes)} names; the file {' and '.join(what)}"
             )
-        for name, array in target.items():
-            if given[name].shape != array.shape:
-                raise GpunetError(
-                    f"{self.place}: {group}: {name}: expected shape {array.shape}, got {given[name].shape}"
-                )
+        for name, shape in shapes.items():
+            if given[name].shape != shape:
+                raise GpunetError(f"{self.place}: {group}: {name}: expected shape {shape}, got {given[name].shape}")
 
 
 def digest(text):
@@ -239,4 +246,32 @@ def _metadata(meta, place):
         raise GpunetError(
             f"{place}: checkpoint format {version} (gpunet {meta.get('gpunet')}): this gpunet reads format {FORMAT}"
         )
+    for key, (expected, fits) in ABOUT.items():
+        if key in meta and not fits(meta[key]):
+            raise GpunetError(f"{place}: {key}: expected {expected}, got {meta[key]!r}")
     return meta
+
+
+def _whole(value, least=1):
+    """Return whether a value of JSON is a whole number from `least` on that an index can be."""
+    return type(value) is int and least <= value < 2**31
+
+
+# What is said of a network where anything is said of it: in words, and whether a value is that.
+ABOUT = {
+    "config": ("a recipe in TOML", lambda value: isinstance(value, str)),
+    "classes": ("a list of names", lambda value: isinstance(value, list) and all(isinstance(n, str) for n in value)),
+    "input_shape": (
+        "height, width and channels, whole numbers from 1 on",
+        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_whole, value)),
+    ),
+    "outputs": ("a whole number from 1 on", _whole),
+    "epoch": ("a whole number from 0 on", lambda value: _whole(value, 0)),
+}
+
+
+def _array(place, tensor):
+    """Return a tensor of the file as an array; it has to be of floats that NumPy has."""
+    if tensor["dtype"] not in FLOATS:
+        raise GpunetError(f"{place}: expected {', '.join(FLOATS)}, got {tensor['dtype']}")
+    return np.frombuffer(tensor["data"], FLOATS[tensor["dtype"]]).reshape(tensor["shape"])

@@ -1,13 +1,14 @@
 """Runs side by side: what differs in their configs, and their metrics in one picture. Knows nothing of training."""
 
 import json
-import tomllib
 from pathlib import Path
 from textwrap import fill
 
 from gpunet.errors import GpunetError
-from gpunet.train.plots import COLOURS, plot_curves, plot_runs
-from gpunet.train.run import Run
+from gpunet.train.checkpoint import MALFORMED
+from gpunet.train.config import read_toml
+from gpunet.train.plots import plot_curves, plot_runs
+from gpunet.train.run import SPLITS, Run, read_row
 
 UNSET = "unset"  # a setting that a run has not
 
@@ -53,31 +54,28 @@ def _rows(run):
     lines, rows = place.read_text(encoding="utf-8", errors="replace").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if row["split"] in COLOURS:  # others are of single layers
+            row = read_row(line)
+            if row["split"] in SPLITS:
                 rows.append(_numbers(row))
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except MALFORMED:
             if number < len(lines):
                 raise GpunetError(f"{place}: line {number}: expected a row of metrics") from None
     return rows if any(row["split"] == "train" for row in rows) else []
 
 
 def _numbers(row):
-    """Return split and numbers of a row; KeyError where one is missing that is drawn."""
-    found = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
-    for key in ("epoch", "loss", "accuracy", *["rate"] * (row["split"] == "train")):
-        found[key]
-    return {"split": row["split"], **found}
+    """Return split and numbers of a row."""
+    return {"split": row["split"]} | {k: float(value) for k, value in row.items() if isinstance(value, int | float)}
 
 
 def _config(run):
     """Return the resolved config of a run as {"section.key": value}; one with keys that are not known here will do."""
     path = run.path / "config.toml"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = read_toml(path.read_bytes(), path)
         config = {f"{section}.{key}": v for section, values in table.items() for key, v in values.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise GpunetError(f"{path}: expected a config of gpunet: {error}") from None
+    except AttributeError:
+        raise GpunetError(f"{path}: expected a config of gpunet, sections with settings in them") from None
     return {"model.name": "network", "data.name": "data"} | config
 
 

@@ -14,7 +14,6 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from gpunet import caffe, resources
@@ -320,11 +319,7 @@ class Config(Section):
     def rates(self, steps, per_epoch):
         """Return the table of rates of so many updates, of which an epoch has `per_epoch`."""
         name, settings = self.schedule.name, self.schedule.model_dump(exclude={"name"})
-        with np.errstate(over="ignore"):
-            table = SCHEDULES[name](steps, per_epoch, self.rate, **settings)
-        if not np.isfinite(table).all():
-            raise GpunetError(f"[schedule] {name}: the rate is not finite from update {np.isfinite(table).argmin()} on")
-        return table
+        return SCHEDULES[name](steps, per_epoch, self.rate, **settings)
 
     @property
     def smoothing(self):
@@ -344,7 +339,7 @@ def load_config(name_or_path, overrides=()):
     """
     path = resources.config(name_or_path)
     place = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-    table, origin = caffe.read(path).tables if path.suffix == ".prototxt" else _read(path, place), {}
+    table, origin = caffe.read(path).tables if path.suffix == ".prototxt" else read_toml(path.read_bytes(), place), {}
     for text in overrides:
         section, key, value = _override(text)
         origin[section, key if section in table else None] = origin[section, key] = f"--set {text}"
@@ -403,13 +398,16 @@ def _toml(value):
     return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
-def _read(path, place):
+def read_toml(content, place):
+    """Return the table of a recipe in text or bytes; whatever is wrong with that names `place`."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(content if isinstance(content, str) else content.decode())
     except UnicodeDecodeError as error:
         raise GpunetError(f"{place}: expected text in UTF-8: {error.reason} at byte {error.start}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise GpunetError(f"{place}: not TOML: {error}") from None
+    except RecursionError:
+        raise GpunetError(f"{place}: not TOML: lists or tables in each other, too deep") from None
 
 
 def _override(text):
@@ -419,9 +417,14 @@ def _override(text):
     if not (equals and dot and section and key) or ("." in key and section != "init"):
         raise GpunetError(f"--set {text}: expected section.key=value, such as optimizer.lr=0.1")
     try:
+        text.encode()  # of a command line, bytes that are no UTF-8 arrive as half characters
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return section, key, value.strip()
+    except (ValueError, RecursionError):
+        raise GpunetError(
+            f"--set {text}: expected text in UTF-8, numbers of less than 4,300 digits, no deep lists"
+        ) from None
 
 
 _EXPECTED = {

@@ -14,7 +14,7 @@ ROSE = 10  # times by which a gradient norm is called larger than it was
 
 
 def explain(step, config, rows, folder):
-    """Return why a step halted, or has weights that are not finite: a line, then one for each of what is known.
+    """Return why a step halted, or has weights that are not finite: a line, and lines of what is known.
 
     rows: the metrics so far. folder: the run directory, which is named, and looked at for checkpoints.
     """
@@ -30,9 +30,9 @@ def explain(step, config, rows, folder):
     what = "loss or gradient is not finite" if halted else "weights are not finite"
     scale = f"{'the smallest loss scale,' if halted else 'loss scale'} {float(state['loss_scale']):g}"
     rates = f"learning rate {rate:.3g}" + f" and {scale}" * step.types.scaled
-    return "\n  ".join(
+    line = f"{folder}: {what} in {_place(step, batch)} of {step.batches}, at {rates}; {_kept(broken, folder)}"
+    return line, "  " + "\n  ".join(
         [
-            f"{folder}: {what} in {_place(step, batch)} of {step.batches}, at {rates}; {_kept(broken, folder)}",
             f"first: {_where(step, fault, first)}",
             f"at update {int(state['update'])}: loss {loss}",
             *(

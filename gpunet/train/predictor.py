@@ -1,14 +1,12 @@
 """A trained network with what its images went through: evaluates splits and predicts pictures. Needs no data set."""
 
-import tomllib
-
 import numpy as np
 
 from gpunet.data.preprocess import Preprocess
 from gpunet.errors import GpunetError
 from gpunet.nn import LOSSES
 from gpunet.train.build import build_graph, build_step, pick_split
-from gpunet.train.config import parse_config
+from gpunet.train.config import parse_config, read_toml
 from gpunet.train.evaluation import evaluate, mean_output, probabilities
 from gpunet.train.views import Views
 
@@ -26,13 +24,30 @@ class Predictor:
     @classmethod
     def load(cls, checkpoint, backend=None):
         """Return the network of a Checkpoint; a backend given here replaces that of the training."""
-        config = parse_config(tomllib.loads(checkpoint.about["config"]), checkpoint.place)
+        about, given, place = checkpoint.about, checkpoint.input, checkpoint.place
+        missing = [key for key in ("config", "classes", "input_shape", "outputs") if key not in about]
+        missing += [f"input/{key}" for key in ("mean", "scale") if key not in given]
+        if missing:
+            raise GpunetError(f"{place}: expected a checkpoint to predict with; it has no {', '.join(missing)}")
+        config = parse_config(read_toml(about["config"], place), place)
         config.train.backend = backend or config.train.backend
-        about = checkpoint.about
-        step = build_step(config, build_graph(config, tuple(about["input_shape"]), about["outputs"]))
-        checkpoint.restore(step)
-        images, preprocess = checkpoint.input, Preprocess.from_arrays(checkpoint.input)
-        return cls(step, images["mean"], images["scale"], about["classes"], config.loss.name, preprocess)
+        if (named := len(about["classes"])) not in (0, about["outputs"]):
+            raise GpunetError(
+                f"{place}: classes: expected {about['outputs']} names, one an output, or none, got {named}"
+            )
+        shape = tuple(about["input_shape"])
+        for key in ("mean", "scale"):
+            _check_affine(f"{place}: input/{key}", given[key], shape)
+        try:
+            graph = build_graph(config, shape, about["outputs"])
+            checkpoint.check(graph)  # first: from here on as much memory is taken as the network needs
+            step = build_step(config, graph)
+            checkpoint.restore(step)
+        except GpunetError as error:
+            text = str(error)
+            raise GpunetError(text if text.startswith(place) else f"{place}: {text}") from None
+        preprocess = Preprocess.from_arrays(given)
+        return cls(step, given["mean"], given["scale"], about["classes"], config.loss.name, preprocess)
 
     def outputs(self, images, views=None):
         """Return the network's output for raw images (n, h, w, c), in pieces of the step's batch.
@@ -42,15 +57,19 @@ class Predictor:
         """
         size, images = self.step.batch, np.asarray(images)
         pieces = [images[i : i + size] for i in range(0, len(images), size)]
-        if views is None:
-            return np.concatenate([self.step.predict((self.preprocess(p) - self.mean) * self.scale) for p in pieces])
-        views, whitening = Views(views), self.preprocess.whitening
-        if whitening is not None and whitening.kind == "pca_whiten":
+        views, whitening = None if views is None else Views(views), self.preprocess.whitening
+        if views and whitening is not None and whitening.kind == "pca_whiten":
             raise GpunetError("views: expected an image's places; preprocess.whiten = 'pca_whiten' gives components")
-        return np.concatenate([self._mean(piece, views) for piece in pieces])
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever uses the outputs looks whether they are finite
+            return np.concatenate([self._output(piece, views) for piece in pieces])
 
-    def _mean(self, images, views):
+    def _ready(self, images):
+        return (self.preprocess(images) - self.mean) * self.scale
+
+    def _output(self, images, views):
         """Return what `outputs` says for a piece of the images."""
+        if views is None:
+            return self.step.predict(self._ready(images))
         size, channels = self.step.graph.input_shape[:2], self.step.graph.input_shape[2:]
         whole = self.mean.ndim == 3 or self.scale.ndim == 3 or self.preprocess.whitening is not None  # a value a pixel
         if whole and images.shape[1:3] != size:
@@ -59,16 +78,23 @@ class Predictor:
                 f"{images.shape[1]} x {images.shape[2]}"
             )
         outside = 0.0 if whole else np.broadcast_to((0 - self.mean) * self.scale, channels)  # as training has it
-        seen = views.of((self.preprocess(images) - self.mean) * self.scale, size, outside)
+        seen = views.of(self._ready(images), size, outside)
         return mean_output([self.step.predict(view).astype(np.float64) for view in seen], self.link)
 
     def predict(self, images, views=None):
         """Return probabilities (n, classes) for raw images; the output itself where the loss has none (mse, hinge).
 
         Those of cross_entropy sum to 1; those of bce and focal are of classes that do not exclude each other.
-        views: "flip", "shift", "ten-crop" ... (gpunet.train.views), over which it is the mean.
+        views: "flip", "shift", "ten-crop" ... (gpunet.train.views), over which it is the mean. Raises GpunetError where
+        an output is not finite.
         """
-        return probabilities(self.outputs(images, views), self.link)
+        outputs = self.outputs(images, views)
+        if not np.isfinite(outputs).all():
+            raise GpunetError(
+                "predict: outputs: expected finite numbers, got NaN or infinity; the weights or the normalisation are "
+                "not what the images need"
+            )
+        return probabilities(outputs, self.link)
 
     @property
     def link(self):
@@ -86,3 +112,11 @@ class Predictor:
             raise GpunetError(f"{dataset.name}: expected the classes of the training ({mine} ...), got {other} ...")
         outputs = self.outputs(split.images, views)
         return evaluate(outputs, split, self.step.loss or self.loss, f"{dataset.name}: {name}")
+
+
+def _check_affine(place, value, shape):
+    """Check a mean or scale: one number, one a channel, or one a pixel and channel, all finite."""
+    if value.shape not in ((), (1,), shape[-1:], shape):
+        raise GpunetError(f"{place}: expected 1, {shape[-1]} or {shape} numbers, got shape {value.shape}")
+    if not np.isfinite(value).all():
+        raise GpunetError(f"{place}: expected finite numbers, got NaN or infinity")

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -63,12 +64,13 @@ class Progress:
         return f"{clock(elapsed * (self._images - self._done) / max(self._done - self._before, 1))} left"
 
     def line(self, text):
-        """Print a line that stays."""
+        """Print a line that stays; a terminal that was closed, or a full disk under a log, ends no training."""
         self._spoken = time.perf_counter()
-        if self._bar:
-            self._tqdm.write(text, file=self._stream)
-        elif self._show:
-            print(text, file=self._stream, flush=True)
+        with suppress(OSError):
+            if self._bar:
+                self._tqdm.write(text, file=self._stream)
+            elif self._show:
+                print(text, file=self._stream, flush=True)
 
     def close(self):
         """Remove the bar."""

@@ -2,10 +2,10 @@
 
 import hashlib
 import os
-import tomllib
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from threadpoolctl import threadpool_info
 
 import gpunet
@@ -13,10 +13,10 @@ from gpunet import ops
 from gpunet.core import random
 from gpunet.errors import GpunetError
 from gpunet.train.checkpoint import write_whole
-from gpunet.train.config import Natural, Section, parse_config, to_toml
+from gpunet.train.config import Natural, Section, parse_config, read_toml, to_toml
 from gpunet.train.monitor import Plateau, Waited
 from gpunet.train.report import processor
-from gpunet.train.run import Run
+from gpunet.train.run import NUMBERS, Run
 
 # What may change in a run that goes on; what of it could change the bits is held to what was recorded.
 FREE = ("run.keep", "run.checkpoint_steps", "run.checkpoint_seconds", "data.directory", "train.backend",
@@ -26,6 +26,14 @@ PICTURES = 200  # of a split that are looked at to know it again
 
 class Finished(GpunetError):
     """There is nothing left to do in this run."""
+
+
+def _measured(best):
+    """Check that the row of the best validation has the numbers that are compared."""
+    for key in (*NUMBERS, "update", "count") if best is not None else ():
+        if not isinstance(best.get(key), int | float):
+            raise ValueError(f"{key}: expected a number")
+    return best
 
 
 class Position(Section):
@@ -45,7 +53,7 @@ class Position(Section):
     resumed: list[Natural] = Field([])  # at which updates it has been gone on with
     waited: Waited = Field(default_factory=Waited)
     plateau: Plateau = Field(default_factory=Plateau)
-    best: dict[str, int | float | str] | None = None
+    best: Annotated[dict[str, int | float | str] | None, AfterValidator(_measured)] = None
 
 
 class Resumption:
@@ -147,10 +155,10 @@ def _recorded(checkpoint):
     """Return (Position, Config) that a checkpoint was written at."""
     about = checkpoint.about
     try:
-        config = parse_config(tomllib.loads(about["config"]), checkpoint.place)
+        config = parse_config(read_toml(about["config"], checkpoint.place), checkpoint.place)
         _ = checkpoint.input["mean"], checkpoint.input["scale"]
         return Position.model_validate({**about["progress"], "best": about["best"]}), config
-    except (KeyError, TypeError, tomllib.TOMLDecodeError, ValidationError):
+    except (KeyError, TypeError, ValidationError):
         raise GpunetError(f"{checkpoint.place}: expected a checkpoint of a training, got one to predict with") from None
 
 

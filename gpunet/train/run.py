@@ -15,9 +15,12 @@ from itertools import count
 from pathlib import Path
 
 from gpunet.errors import GpunetError
-from gpunet.train.checkpoint import Checkpoint, open_own, write_all, write_whole
+from gpunet.train.checkpoint import MALFORMED, Checkpoint, open_own, write_all, write_whole
 from gpunet.train.config import load_config, nearest, to_toml
 
+# Rows of these splits have the numbers that are drawn; others, of single layers, have anything.
+SPLITS = frozenset(("train", "validation", "test"))
+NUMBERS = ("epoch", "loss", "accuracy")
 LAST = re.compile(r"last(?:-(\d{1,9}))?\.safetensors")
 
 
@@ -156,11 +159,11 @@ class Run:
                 content = file.readall()[:logged]
                 if len(content) < logged or (content and not content.endswith(b"\n")):
                     raise ValueError(f"{logged:,} bytes of whole lines, found {len(content):,}")
-                rows = [json.loads(line) for line in content.splitlines()]
+                rows = [read_row(line, ("update", "batch", "norm")) for line in content.splitlines()]
                 file.truncate(logged)
         except OSError as error:
             raise GpunetError(f"{place}: cannot be written: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
+        except MALFORMED as error:
             raise GpunetError(f"{place}: expected the rows of the training until its checkpoint: {error}") from None
         return rows
 
@@ -175,6 +178,20 @@ class Run:
             if file is not None:
                 file.close()
         self.board = self._metrics = self._lock = None
+
+
+def read_row(line, more=()):
+    """Return a row of metrics.jsonl; raises one of MALFORMED where it is none, or a number is missing.
+
+    Those are the ones that are drawn, and of a row of training `more`.
+    """
+    row = json.loads(line)
+    if row["split"] in SPLITS:
+        for key in (*NUMBERS, *(("rate", *more) if row["split"] == "train" else ())):
+            if isinstance(row[key], bool) or not isinstance(row[key], int | float):
+                raise TypeError(f"{key}: expected a number, got {row[key]!r}")
+            float(row[key])  # not too large for one
+    return row
 
 
 def check_space(path, nbytes, keep):

@@ -123,9 +123,9 @@ class Trainer:
     def fit(self):
         """Train for the epochs, or the steps, of the config and return the Result; the weights are then the best ones.
 
-        Ctrl-C and SIGTERM end it after the update at hand: a checkpoint and a report are left, and KeyboardInterrupt
-        or SystemExit(143) is raised. Raises GpunetError where the loss or a gradient is not finite, where a checkpoint
-        cannot be written, and where a replica fails.
+        Ctrl-C, SIGTERM and SIGHUP end it after the update at hand: a checkpoint and a report are left, and
+        KeyboardInterrupt or SystemExit(143 or 129) is raised. Raises GpunetError where the loss or a gradient is not
+        finite, where a checkpoint cannot be written, and where a replica fails.
         """
         if self.step.state["update"] and self.resumed is None:
             raise GpunetError("fit: expected a Trainer that has not trained; make a new one")
@@ -243,7 +243,7 @@ class _Training:
             self._train(signals)
             last = self._save("last")
             if last is None:
-                raise NotFinite(explain(self.step, self.config, self.rows, self.run_directory.path))
+                raise NotFinite(*explain(self.step, self.config, self.rows, self.run_directory.path))
             if not signals.caught:
                 test = self._finish()
         except NotFinite as error:
@@ -267,7 +267,8 @@ class _Training:
 
     def _with_advice(self, error):
         """Return an error that ended the training and was none of the training's own, with what to do."""
-        made = GpunetError(f"{error}; once that is mended, {self._resume} goes on from the last checkpoint")
+        text, _, log = str(error).partition("\n")
+        made = GpunetError(f"{text}; once that is mended, {self._resume} goes on from the last checkpoint", log)
         made.__cause__ = error
         return made
 
@@ -397,7 +398,7 @@ class _Training:
         self.images += int(table[:, 2].sum())
         if self.step.halted:
             self._save("last")
-            raise NotFinite(explain(self.step, self.config, self.rows, self.run_directory.path))
+            raise NotFinite(*explain(self.step, self.config, self.rows, self.run_directory.path))
         if not self.explained and self.step.types.scaled:
             done = self.steps if waited or not self.step.backend.graphs else self._steps_until(rows)
             if done > self.seen:

@@ -65,7 +65,7 @@ def build(text: str, name: str, architecture: str = "sm_80", defines: tuple[str,
         log = _text("ProgramLog", program)
         if failed:
             kind = library.nvrtcGetErrorString(failed).decode()
-            raise GpunetError(f"{name}: {architecture} {' '.join(defines)}: {kind}\n{log}")
+            raise GpunetError(f"{name}: {architecture} {' '.join(defines)}: {kind}", log)
         return Build(log, _text("PTX", program), _bytes("CUBIN", program))
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

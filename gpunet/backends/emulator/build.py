@@ -53,7 +53,7 @@ def _compiled(path, real, pixel, sanitizer):
         command = ["g++", *flags, "-x", "c++", "-", "-o", str(target)]
         done = subprocess.run(command, input=text, capture_output=True, text=True)
         if done.returncode:
-            raise GpunetError(f"{path}: g++ -DREAL={real} -DPIXEL={pixel}:\n{done.stderr.strip()}")
+            raise GpunetError(f"{path}: g++ -DREAL={real} -DPIXEL={pixel}:", done.stderr.strip())
 
     return kernel_cache.kept(f"{path.stem}-{name}.so", make)
 
