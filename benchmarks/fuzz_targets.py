@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import tomllib
@@ -25,6 +26,7 @@ from PIL import Image
 from gpunet import cli, data
 from gpunet.data import cifar, download
 from gpunet.errors import GpunetError
+from gpunet.optim import OPTIMIZERS
 from gpunet.train import Checkpoint, Predictor, Trainer, load_config, parse_config, profile, report
 
 COUNT = 6  # images in a file of the small CIFAR here
@@ -56,12 +58,35 @@ MODELS = (
     {"name": "resnet9", "widths": [2, 2, 3, 4]},
     {"name": "lenet"},
     {"name": "cifar10_quick", "init": "he", "bias_rate": 1.0},
+    {
+        "name": "layers",
+        "layers": [
+            {"layer": "Conv2d", "name": "a", "outputs": 3, "size": 3, "stride": 2, "weight_init": ["normal", 0.1]},
+            {"layer": "Dropout", "rate": 0.2},
+            {"layer": "Add", "inputs": ["a", "a"]},
+            {"layer": "StochasticPool", "size": 2},
+            {"layer": "LRN", "size": 3, "region": "within"},
+            {"layer": "Linear"},
+        ],
+    },
 )
 SCHEDULES = (
     SMALL["schedule"],
     {"name": "step", "size": 1, "gamma": 0.5, "unit": "steps"},
     {"name": "multistep", "milestones": [0.5, 1.0]},
     {"name": "onecycle", "shape": "linear"},
+    {"name": "plateau", "patience": 1},
+    {"name": "cosine_restarts", "period": 1, "multiplier": 2.0},
+)
+VARIED = (  # sections in the place of those above
+    *({"optimizer": {"name": name}} for name in OPTIMIZERS),
+    {"optimizer": {"name": "adam", "groups": [{"match": ["*.bias"], "rate": 2, "decay": 0}], "sam": 0.05}},
+    {"augment": {"rotate": 10, "zoom": [0.8, 1.2], "elastic": 3.0, "hue": 0.1, "cutout": 4, "cutmix": 1.0}},
+    {"preprocess": {"gcn": True, "gcn_bias": 10.0, "mean": 0.0}},
+    {"average": {"name": "swa", "start": 0.5, "every": 0.2}},
+    {"init": {"*": ["orthogonal", 1.0], "*.bias": "zeros"}},
+    {"loss": {"name": "focal", "gamma": 1.0}},
+    {"loss": {"name": "hinge", "squared": True}},
 )
 
 
@@ -79,7 +104,8 @@ class Target:
 
 def recipe(rng):
     """Return a valid recipe as a tree."""
-    return SMALL | {"model": rng.choice(MODELS + MODELS[:1] * 6), "schedule": rng.choice(SCHEDULES)}
+    made = SMALL | {"model": rng.choice(MODELS + MODELS[:1] * 6), "schedule": rng.choice(SCHEDULES)}
+    return made | rng.choice(VARIED + ({},) * len(VARIED))
 
 
 def make_config(rng):
@@ -109,6 +135,28 @@ def run_training(folder):
                 trainer.evaluate()
         finally:
             trainer.step.close()
+
+
+@cache
+def prototxts():
+    """Return {file name: text} of Caffe's solvers and nets."""
+    folder = Path(__file__).resolve().parents[1] / "tests" / "caffe"
+    return {path.name: path.read_text() for path in sorted(folder.glob("*.prototxt"))}
+
+
+def make_prototxt(rng):
+    """Return a solver and its net, one of them changed."""
+    texts, kind = prototxts(), rng.choice(("quick", "full"))
+    files = {"solver": f"cifar10_{kind}_solver.prototxt", "net": f"cifar10_{kind}_train_test.prototxt"}
+    made = {f"{n}.prototxt": re.sub(r'net: "[^"]*"', 'net: "net.prototxt"', texts[f]) for n, f in files.items()}
+    name = rng.choice(("solver.prototxt", "net.prototxt", "net.prototxt"))
+    return {**{n: t.encode() for n, t in made.items()}, name: mutate.prototxt(rng, made[name])}
+
+
+def run_prototxt(folder):
+    """Plan what it says, and write it as a recipe."""
+    command("summary", "solver.prototxt")
+    command("convert", "solver.prototxt", "recipe.toml")
 
 
 # Runs and checkpoints
@@ -595,6 +643,7 @@ TARGETS = {
     "config": Target(make_config, run_config, 150),
     "overrides": Target(make_overrides, run_config, 120),
     "training": Target(make_overrides, run_training, 50),
+    "prototxt": Target(make_prototxt, run_prototxt, 100),
     "checkpoint": Target(make_checkpoint, run_checkpoint, 170),
     "start": Target(make_start, run_training, 60),
     "resume": Target(make_run, run_resume, 40),

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-PHASES = {b"s": "a step", b"c": "a checkpoint's write", b"e": "an evaluation", b"-": "something else"}
+PHASES = {b"s": "a step", b"c": "a checkpoint's write", b"e": "an evaluation", b" ": "something else"}
 RECIPE = """
 [model]
 name = "vgg"
@@ -96,7 +96,7 @@ class Child:
 
     @property
     def phase(self):
-        """What it does, or did when it ended; b" " before its first step."""
+        """What it does, or did when it ended; b" " between these and before its first step."""
         return bytes(self.shared[0:1])
 
     def reach(self, phases):

@@ -164,6 +164,34 @@ def octets(rng, content, times=None):
     return bytes(made)
 
 
+def prototxt(rng, text):
+    """Return a .prototxt with lines moved, doubled or gone, words and numbers replaced, or bytes changed."""
+    if rng.random() < 0.15:
+        return octets(rng, text.encode())
+    lines = text.splitlines()
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at, other = rng.randrange(len(lines)), rng.randrange(len(lines))
+        kind = rng.randrange(8)
+        if kind == 0:
+            del lines[at : at + rng.choice((1, 1, 3, 20))]
+        elif kind == 1:
+            lines[at:at] = lines[other : other + rng.choice((1, 3, 20))]
+        elif kind == 2:
+            lines[at] = lines[other]
+        elif kind == 3:
+            lines[at] = re.sub(r"[-+.\w]+\s*$", lambda _: str(rng.choice(NUMBERS))[:400], lines[at])
+        elif kind == 4:
+            lines[at] = re.sub(r'"[^"]*"', lambda _: '"' + rng.choice(TEXTS) + '"', lines[at])
+        elif kind == 5:
+            lines[at] = re.sub(r"\w+", lambda _: rng.choice(re.findall(r"\w+", text)), lines[at], count=1)
+        elif kind == 6:
+            lines[at] += rng.choice(("{", "}", "[", "]", '"', "#", ":", "<", ">", "{" * 3000, "x" * 5000, "\x00"))
+        else:
+            lines.insert(at, rng.choice(("layer {", "}", "param { lr_mult: 1e400 }", "include { phase: TEST }")))
+        lines = lines or [""]
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
 # TOML and JSON
 
 

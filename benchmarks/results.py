@@ -64,6 +64,13 @@ def table(folder=FOLDER):
         "| recipe | seeds | test accuracy, median (range) | last epoch: training loss | whole process | conditions |",
         [_accuracy_row(r) for r in records if r["benchmark"] == "accuracy"],
     )
+    for r in (r for r in records if r["benchmark"] == "methods"):
+        lines += _section(
+            f"Every method at its defaults: 10,000 images, 2 epochs, in {r['minutes']:.0f} minutes "
+            f"({_conditions(r)}; benchmarks/methods.py)",
+            "| | method | training loss, last half epoch | validation loss | validation accuracy |",
+            [_method_row(row) for row in r["rows"]],
+        )
     lines += _section(
         "On a GPU (benchmarks/gpu_report.py)",
         "| device | date | what came out | report | conditions |",
@@ -87,6 +94,13 @@ def _step_row(r):
     busy = "" if r["others_load"] <= 0.05 else f"; others used {r['others_load']:.0%} of a core"
     numbers = f"{ours:.1f} | {theirs:.1f} | {best:.1f} | {ours / best:.2f}"
     return f"| {r['name']} | {r['batch']} | {numbers} | {r['threads']} threads, {_conditions(r)}{busy} |"
+
+
+def _method_row(row):
+    return (
+        f"| {row['group'][:-1]} | {row['method']} | {row['train_loss']:.3f} | {row['validation_loss']:.3f} "
+        f"| {row['validation_accuracy']:.1%} |"
+    )
 
 
 def _accuracy_row(r):

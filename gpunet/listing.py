@@ -14,7 +14,7 @@ from gpunet.errors import GpunetError
 WIDTH = 110
 # "Smith and Topin 2018", "He et al. 2016", "Hendrycks & Gimpel 2016", "Polyak 1964", or an address
 SOURCE = re.compile(
-    r"[A-Z][\w-]+(?:,? (?:et al\.|(?:and|&) [A-Z][\w-]+))?,? (?:\((?:19|20)\d\d\)|(?:19|20)\d\d)|https?://[^\s,;)]+[^\s,;.)]"
+    r"[A-Z][\w-]+(?:,? (?:et al\.|(?:and|&) [A-Z][\w-]+))?,? (?:\((?:19|20)\d\d\)|(?:19|20)\d\d)|https?://[^\s,;)]+[^\s,;.:)]"
 )
 
 

@@ -42,7 +42,7 @@ def broken(monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 0.4)
 
 
-def test_the_harness_sees_what_goes_wrong(broken, tmp_path, capsys):
+def test_the_harness_sees_what_goes_wrong(broken, tmp_path, capsys, monkeypatch):
     jobs = fuzz.plan(42, list(fuzz_targets.TARGETS))
     assert len(jobs) == 42
     with fuzz.own_folder():
@@ -55,6 +55,7 @@ def test_the_harness_sees_what_goes_wrong(broken, tmp_path, capsys):
         assert 0 < low < 6 and said[name][-5] == str(low) and said[name][-7] == str(6 - low), name
     assert said["is good"][-5] == "0" and said["is good"][-6] == "6"
     assert seen == len(list(tmp_path.glob("*.json")))
+    monkeypatch.setattr(fuzz, "MEMORY", 64 << 30)  # an input is replayed in this process, which has the other tests'
     assert fuzz.replay(next(tmp_path.glob("raises*"))) and not fuzz.replay(_good(tmp_path))
     assert "ZeroDivisionError" in capsys.readouterr().out
 
