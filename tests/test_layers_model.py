@@ -1,5 +1,6 @@
 """A network as a list of layers: what it builds, what it refuses and how, and its way through files and runs."""
 
+import inspect
 import tomllib
 from contextlib import closing
 
@@ -183,3 +184,11 @@ def test_resume_says_which_layer_was_changed():
         "model.layers 2.rate is 0.25 in the run, 0.5 here",
         "model.layers 3.name is unset in the run, 'x' here",
     ]
+
+
+def test_every_layer_can_stand_in_a_list():
+    for name, kind in KINDS.items():
+        kinds = {p.kind for p in inspect.signature(kind).parameters.values()}
+        assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}, name
+    made = [{"layer": "DropConnect", "outputs": 5, "rate": 0.2, "bias_rate": 2}, {"layer": "Linear"}]
+    assert models.build("layers", (4, 4, 3), 7, layers=made).output_shape == (7,)

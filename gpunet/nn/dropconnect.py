@@ -15,8 +15,22 @@ class DropConnect(Linear):
     arguments are Linear's. Masks are drawn again in backward, so that nothing is stored.
     """
 
-    def __init__(self, outputs, rate=0.5, mask="example", activation="relu", name=None, **options):
-        super().__init__(outputs, name=name, **options)
+    def __init__(
+        self,
+        outputs,
+        rate=0.5,
+        mask="example",
+        activation="relu",
+        bias=True,
+        weight_init=None,
+        bias_init=None,
+        weight_rate=1.0,
+        weight_decay=1.0,
+        bias_rate=1.0,
+        bias_decay=1.0,
+        name=None,
+    ):
+        super().__init__(outputs, bias, weight_init, bias_init, weight_rate, weight_decay, bias_rate, bias_decay, name)
         self.rate = share(rate, "DropConnect: rate")
         self.mask = one_of(mask, "DropConnect: mask", "example", "batch")
         self.activation = one_of(activation, "DropConnect: activation", "relu", None)
