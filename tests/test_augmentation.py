@@ -665,6 +665,7 @@ def test_a_training_with_everything_goes_on_to_the_same_bits(tmp_path, monkeypat
         ("rotate", [5, 2], "or [low, high]"),
         ("rotate", [5], "or [low, high]"),
         ("rotate", [1, float("nan")], "or [low, high]"),
+        ("rotate", 10**400, "or [low, high]"),
         ("rotate", True, "a number from 0"),
         ("zoom", 0.5, "a number from 1 to 10, or [low, high] with 0.1 <= low"),
         ("zoom", [0, 1], "0.1 <= low"),

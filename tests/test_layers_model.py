@@ -99,6 +99,7 @@ def one(**entry):
         (one(layer="MaxPool", size=2, ceil=1), "layer 1: ceil: expected true or false, got 1"),
         (one(layer="Dropout", rate="half"), "layer 1: rate: expected a finite number, got 'half'"),
         (one(layer="Dropout", rate=float("nan")), "layer 1: rate: expected a finite number, got nan"),
+        (one(layer="Dropout", rate=10**400), "layer 1: rate: expected a finite number, got 1000"),
         (one(layer="Dropout", rate=1.0), "layer 1: Dropout: rate: expected 0 <= rate < 1, got 1.0"),
         (one(layer="Linear", outputs=2, bias_rate=-1), "layer 1: bias_rate: expected 0 or more, got -1"),
         (one(layer="Linear", outputs=2, weight_init=3), "layer 1: weight_init: expected a name, or a list such as"),

@@ -4,6 +4,7 @@ Knows nothing of how a transform is computed: that is kernels/transforms.cu and 
 """
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
@@ -37,6 +38,7 @@ GEOMETRY = ("image", "m00", "m01", "m10", "m11", "x", "y", "lens", "interpolatio
 COLOR = ("brightness", "contrast", "saturation", "hue", "light0", "light1", "light2", "share", "inside")
 
 INTERPOLATIONS = ("bilinear", "nearest", "area", "cubic", "random")
+LARGEST = sys.float_info.max
 UNIT = 1 << 24  # of uniform draws
 ONE = 1 << 15  # what the weights of the Gaussian that smooths an elastic field add up to, nearly
 
@@ -190,7 +192,7 @@ def check(name, value, others=None):
 
 
 def _is_number(value):
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _check_range(name, value, numeric):

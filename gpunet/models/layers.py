@@ -1,8 +1,8 @@
 """A network written as a list of layers: data that a recipe holds, so that a net of one's own needs no code."""
 
 import inspect
-import math
 import re
+import sys
 from difflib import get_close_matches
 
 from gpunet import nn
@@ -120,7 +120,7 @@ def _unfit(key, value, default):
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, float):
-        return None if _number(value, int | float) and math.isfinite(value) else "a finite number"
+        return None if _number(value, int | float) and abs(value) <= sys.float_info.max else "a finite number"
     if isinstance(default, int) or default is inspect.Parameter.empty:
         if key in PAIRS and isinstance(value, list | tuple) and len(value) == 2:
             return None if all(_number(v, int) for v in value) else "whole numbers"

@@ -1,6 +1,7 @@
 """Checks of the arguments that layers are made with."""
 
 import math
+import sys
 from numbers import Real
 
 from gpunet.errors import GpunetError
@@ -8,7 +9,7 @@ from gpunet.errors import GpunetError
 
 def number(value, what, low=-math.inf):
     """Return a finite number of at least `low`, or raise GpunetError that begins with `what`."""
-    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value:
+    if isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max and low <= value:
         return value
     least = f" of at least {low}" if low > -math.inf else ""
     raise GpunetError(f"{what}: expected a finite number{least}, got {value!r}")
