@@ -8,6 +8,22 @@ from gpunet import data, nn
 from gpunet.core.step import Step
 from gpunet.train import Checkpoint, Trainer, parse_config
 
+SMALL_TOML = """
+[model]
+name = "mlp"
+hidden = [8]
+[data]
+name = "shapes"
+train = 100
+test = 20
+[optimizer]
+lr = 0.005
+[train]
+epochs = 1
+batch = 30
+replicas = 1
+"""
+
 
 class Killed(BaseException):
     """What nothing in a training may catch, as nothing catches SIGKILL."""

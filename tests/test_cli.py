@@ -11,23 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_run import SMALL_TOML
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL_TOML = """
-[model]
-name = "mlp"
-hidden = [8]
-[data]
-name = "shapes"
-train = 100
-test = 20
-[optimizer]
-lr = 0.005
-[train]
-epochs = 1
-batch = 30
-replicas = 1
-"""
 
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from small_run import halves, last_run, left, network, new, on, recipe, stop_after
+from small_run import SMALL_TOML, halves, last_run, left, network, new, on, recipe, stop_after
 
 from gpunet.core.step import Step
 from gpunet.errors import GpunetError
@@ -24,21 +24,7 @@ from gpunet.train.run import Run
 from gpunet.train.signals import Signals
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = """
-[model]
-name = "mlp"
-hidden = [8]
-[data]
-name = "shapes"
-train = 100
-test = 20
-[optimizer]
-lr = 0.005
-[train]
-epochs = 100000
-batch = 30
-replicas = 1
-"""
+SMALL = SMALL_TOML.replace("epochs = 1", "epochs = 100000")
 
 
 @pytest.fixture(autouse=True)
