@@ -75,7 +75,7 @@ GROUPS = {
     "optimizers": {
         **{f"sgd, seed {seed}": {"train": BASE["train"] | {"seed": seed}} for seed in range(3)},
         "sgd, nesterov": sgd(nesterov=True),
-        "sgd, no momentum": sgd(momentum=0.0),
+        "sgd, no momentum, rate 0.1": sgd(momentum=0.0, lr=0.1),
         "sgd, sam 0.05": sgd(sam=0.05),
         "sgd, ema": {"average": {"name": "ema", "decay": 0.98}},
         "sgd, swa": {"average": {"name": "swa", "start": 1.0, "every": 0.1}},

@@ -170,7 +170,7 @@ def test_defaults_are_resolved_in_what_is_written():
 def test_the_schedule_becomes_a_table_of_rates():
     config = parse_config(SMALLEST | {"optimizer": {"lr": 0.5}, "schedule": {"name": "step", "size": 2, "gamma": 0.1}})
     assert (config.rates(50, 10) == schedules.step(50, 10, 0.5, size=2, gamma=0.1)).all()
-    assert (parse_config(SMALLEST).rates(5, 1) == np.full(5, 0.1)).all()
+    assert (parse_config(SMALLEST).rates(5, 1) == np.full(5, 0.01)).all()
 
 
 def test_a_run_is_named_after_its_recipe_and_paths_are_absolute(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpunet.backends.numpy import Backend, engines
+from gpunet.backends.numpy import Backend
+from gpunet.backends.numpy import engine_blocked as engines
 from gpunet.backends.numpy.scratch import Scratch
 from gpunet.core.step import Step
 from gpunet.errors import GpunetError
@@ -52,9 +53,9 @@ def check(g, dtype=np.float64, accumulate=0):
     got = np.full(y.shape, np.nan, dtype), before.astype(dtype), np.full(x.shape, np.nan, dtype)
     scratch = Poisoned()
     passes = [
-        lambda: engines.conv_forward(x, weight, bias, got[0], geometry=g, scratch=scratch),
-        lambda: engines.conv_backward_weight(x, dy, got[1], geometry=g, accumulate=accumulate, scratch=scratch),
-        lambda: engines.conv_backward_input(dy, weight, got[2], turned, geometry=g, scratch=scratch),
+        lambda: engines.forward(x, weight, bias, got[0], geometry=g, scratch=scratch),
+        lambda: engines.backward_weight(x, dy, got[1], geometry=g, accumulate=accumulate, scratch=scratch),
+        lambda: engines.backward_input(dy, weight, got[2], turned, geometry=g, scratch=scratch),
     ]
     for bind in passes:
         scratch.reset()
@@ -122,11 +123,11 @@ def test_a_replay_allocates_nothing_large():
         scratches = [Scratch() for _ in range(3)]
         keep.append((x, dy, weight, bias))
         calls += [
-            engines.conv_forward(x, weight, bias, np.ones_like(dy), geometry=geo, scratch=scratches[0]),
-            engines.conv_backward_weight(
+            engines.forward(x, weight, bias, np.ones_like(dy), geometry=geo, scratch=scratches[0]),
+            engines.backward_weight(
                 x, dy, np.ones_like(weight), geometry=geo, accumulate=1, scratch=scratches[1]
             ),
-            engines.conv_backward_input(
+            engines.backward_input(
                 dy, weight, np.ones_like(x), np.ones_like(weight), geometry=geo, scratch=scratches[2]
             ),
         ]

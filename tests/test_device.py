@@ -488,8 +488,8 @@ def test_there_are_no_engine_passes_and_one_device(backend):
     view = place(backend, np.zeros(3))
     with pytest.raises(GpunetError, match=r": replicas: expected 1, got 2; it runs on one device$"):
         DeviceBackend.bind_reduce(backend, "sum", [view, view], view)
-    with pytest.raises(GpunetError, match=r"^backend emulator: there is no engine pass 'conv_forward'$"):
-        backend.bind_call("conv_forward", [], {}, None)
+    with pytest.raises(GpunetError, match=r"^backend emulator: there is no engine pass 'blocked_forward'$"):
+        backend.bind_call("blocked_forward", [], {}, None)
 
 
 def test_replicas_meet_in_their_order(backend):

@@ -224,7 +224,7 @@ def test_an_output_of_strided_parts_is_read_as_it_is(backend):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_the_first_fault_has_a_name(replicas, backend="numpy", kernel="conv_forward", argument="out"):
+def test_the_first_fault_has_a_name(replicas, backend="numpy", kernel="blocked_forward", argument="out"):
     x, y = batch_of()
     check, again = CheckFinite(), CheckFinite()
     with closing(step_of(network(), backend=backend, replicas=replicas)) as step:
@@ -244,10 +244,10 @@ def test_the_first_fault_has_a_name(replicas, backend="numpy", kernel="conv_forw
             step.gradient(x, y)
         fault = check.fault
         assert (fault.path, fault.kernel, fault.argument) == ("net.conv", kernel, argument)
-        if kernel == "conv_forward":
+        if kernel == "blocked_forward":
             assert (fault.replica, fault.index) == ((0, (4, 0, 1, 0)) if replicas == 1 else (1, (1, 0, 1, 0)))
             assert (fault.nan, fault.inf) == (9 * 4, 0)  # the pixel's neighbours, all channels
-            assert "conv_forward: out: 36 of" in str(fault) and "(36 NaN)" in str(fault)
+            assert "blocked_forward: out: 36 of" in str(fault) and "(36 NaN)" in str(fault)
 
 
 @skipped

@@ -420,7 +420,7 @@ def test_scratch_that_is_too_small_is_freed_before_a_larger_one_is_taken(replica
 def test_a_failed_replay_leaves_nothing_to_read():
     class Failing(Backend):
         def bind_call(self, name, views, options, workspace):
-            return fail if name == "conv_backward_weight" else super().bind_call(name, views, options, workspace)
+            return fail if name == "blocked_backward_weight" else super().bind_call(name, views, options, workspace)
 
     def fail():
         raise FloatingPointError("failed")

@@ -26,7 +26,7 @@ class Backend(Protocol):
     graphs: bool  # whether a list that is replayed again is captured, by capture(calls) -> call
 
     def engine(self, types):
-        """Return the name of the engine that computes convolutions of these types."""
+        """Return the name of the engine that computes convolutions of these types, or geometry -> name."""
 
     def parts(self, rows, tiles):
         """Return how many parts a sum over `rows` is cut into where each part is `tiles` blocks of work."""

@@ -3,7 +3,7 @@
     check = CheckFinite()
     with step.observed(check):
         step.gradient(x, y)
-    print(check.fault)          # stage1.conv: forward: conv_forward: out: 3 of 51,200 values are not finite ...
+    print(check.fault)          # stage1.conv: forward: blocked_forward: out: 3 of 51,200 values are not finite ...
 
 Under observers nothing is captured, and each entry is waited for; without them a replay is what it always is.
 """

@@ -283,6 +283,12 @@ class Step:
         self._replay.program(("predict",))
         return {**self._arenas.sizes(), "scratch": self.replicas * self._replay.scratch_bytes()}
 
+    def engines(self):
+        """Return {convolution's path: the engine that computes it}."""
+        entries = self._replay.program(("predict",))[0].trace.entries
+        calls = {e.path: e.name.partition("_")[0] for e in entries if e.kind == "call"}
+        return calls | {e.path: "unfold" for e in entries if e.name in ("unfold", "fold")}
+
     def wait(self):
         """Wait until the device has done all steps that it was given."""
         self.backend.synchronize()

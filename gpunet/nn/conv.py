@@ -143,14 +143,14 @@ class Conv2d(Layer):
         y = t.empty((g.n, g.oh, g.ow, g.outputs))
         weight = t.operand(self.parameters["weight"])
         bias = t.weight(self.parameters["bias"]) if self.bias else None
-        engine(t, g).forward(t, g, x, weight, bias, y)
-        return y, (x, g)
+        kept = engine(t, g).forward(t, g, x, weight, bias, y)
+        return y, (x, kept, g)
 
     def backward(self, t, dy, saved):
         """Trace dW, db and dx by the same engine."""
-        x, g = saved
+        x, kept, g = saved
         gradient, accumulate = t.gradient(self.parameters["weight"])
-        engine(t, g).backward_weight(t, g, x, dy, gradient, accumulate)
+        engine(t, g).backward_weight(t, g, x, kept, dy, gradient, accumulate)
         if self.bias:
             bias_gradient(t, dy, self.parameters["bias"])
         dx = t.empty(x.shape)
@@ -187,12 +187,12 @@ class Unfold:
         return batch.strided((batch.shape[0], batch.shape[2], batch.shape[1]), (s[0], s[2], s[1]))
 
     def forward(self, t, g, x, weight, bias, y):
-        """y = columns @ W + b."""
+        """y = columns @ W + b; return what backward_weight wants kept, here nothing."""
         t.matmul(self._columns(t, g, x), self._by_group(g, weight), self._by_group(g, y))
         if bias is not None:
             t.launch("bias_forward", bias, y, g.rows, g.outputs)
 
-    def backward_weight(self, t, g, x, dy, gradient, accumulate):
+    def backward_weight(self, t, g, x, kept, dy, gradient, accumulate):
         """dW = columns^T @ dy."""
         columns = self._transposed(self._columns(t, g, x))
         t.matmul(columns, self._by_group(g, dy), self._by_group(g, gradient), accumulate)
@@ -206,27 +206,32 @@ class Unfold:
             t.launch("fold", columns, dx, *g.sizes)
 
 
-class Blocked:
-    """The NumPy engine: patches are unfolded a few hundred rows at a time and multiplied in the cache."""
+class Native:
+    """An engine of the backend's own: its three passes are functions `<name>_forward`, ... of the backend."""
+
+    def __init__(self, name):
+        self.name = name
 
     def forward(self, t, g, x, weight, bias, y):
-        """y = columns @ W + b, block by block."""
+        """y = the convolution of x, + b."""
         extra = () if bias is None else (bias,)
-        t.call("conv_forward", (x, weight, *extra), (y,), g.flops, geometry=g)
+        t.call(f"{self.name}_forward", (x, weight, *extra), (y,), g.flops, geometry=g)
 
-    def backward_weight(self, t, g, x, dy, gradient, accumulate):
-        """dW = sum over blocks of columns^T @ dy."""
-        t.call("conv_backward_weight", (x, dy), (gradient,), g.flops, geometry=g, accumulate=accumulate)
+    def backward_weight(self, t, g, x, kept, dy, gradient, accumulate):
+        """dW."""
+        t.call(f"{self.name}_backward_weight", (x, dy), (gradient,), g.flops, geometry=g, accumulate=accumulate)
 
     def backward_input(self, t, g, dy, weight, dx):
-        """dx: at stride 1 a convolution of dy with the rotated weights, else dy @ W^T folded."""
+        """dx; workspace for the weights turned by 180 degrees, which make it a convolution of dy at stride 1."""
         turned = t.empty((g.kh, g.kw, g.outputs, g.c))
-        t.call("conv_backward_input", (dy, weight), (dx, turned), g.flops, geometry=g)
+        t.call(f"{self.name}_backward_input", (dy, weight), (dx, turned), g.flops, geometry=g)
 
 
-ENGINES = {"unfold": Unfold(), "blocked": Blocked()}
+ENGINES = {"unfold": Unfold(), "blocked": Native("blocked"), "direct": Native("direct")}
 
 
 def engine(t, g):
-    """Return the engine that the trace names; grouped convolutions go by the portable one."""
-    return ENGINES["unfold" if g.groups > 1 else t.engine]
+    """Return the engine that the trace names for a geometry; grouped convolutions go by the portable one."""
+    if g.groups > 1:
+        return ENGINES["unfold"]
+    return ENGINES[t.engine if isinstance(t.engine, str) else t.engine(g)]

@@ -168,7 +168,7 @@ class ConvTranspose2d(Layer):
         """Trace dW, db, and dx as that convolution of dy."""
         x, g = saved
         gradient, accumulate = t.gradient(self.parameters["weight"])
-        engine(t, g).backward_weight(t, g, dy, x, gradient, accumulate)
+        engine(t, g).backward_weight(t, g, dy, None, x, gradient, accumulate)
         if self.bias:
             bias_gradient(t, dy, self.parameters["bias"])
         dx = t.empty(x.shape)

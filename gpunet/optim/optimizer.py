@@ -31,7 +31,7 @@ class Optimizer:
     are.
     """
 
-    lr: Natural = 0.1
+    lr: Natural = 0.01
     _: KW_ONLY
     l1: Natural = 0.0
     decoupled: bool = False

@@ -212,7 +212,7 @@ def pins(step):
         "draws": random.FORMAT,
         "backend": step.backend.name,
         **step.backend.versions,
-        "engine": step.backend.engine(step.types),
+        "engine": ", ".join(f"{name} {engine}" for name, engine in step.engines().items()) or "none",
         "dtype": step.types.compute,
         "replicas": step.replicas,
         "processor": processor(),

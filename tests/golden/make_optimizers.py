@@ -26,10 +26,13 @@ SHAPES = {
 
 DECAY = {"weight_decay": 0.01}
 RULES = {  # case: gpunet's name and settings, torch's name and settings
-    "sgd": ("sgd", {"momentum": 0.0}, "SGD", {}),
-    "sgd momentum": ("sgd", {"momentum": 0.9, **DECAY}, "SGD", {"momentum": 0.9, **DECAY}),
+    "sgd": ("sgd", {"lr": 0.1, "momentum": 0.0}, "SGD", {"lr": 0.1}),
+    "sgd momentum": (
+        "sgd", {"lr": 0.1, "momentum": 0.9, **DECAY}, "SGD", {"lr": 0.1, "momentum": 0.9, **DECAY},
+    ),
     "sgd nesterov": (
-        "sgd", {"momentum": 0.9, "nesterov": True, **DECAY}, "SGD", {"momentum": 0.9, "nesterov": True, **DECAY},
+        "sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": True, **DECAY},
+        "SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, **DECAY},
     ),
     "adagrad": ("adagrad", {"lr": 0.1}, "Adagrad", {"lr": 0.1}),
     "adagrad decay": ("adagrad", {"eps": 1e-3, **DECAY}, "Adagrad", {"eps": 1e-3, **DECAY}),
@@ -87,7 +90,7 @@ def main():
     out = {}
     for case, (_, _, name, settings) in RULES.items():
         w = {key: torch.tensor(first(key), requires_grad=True) for key in SHAPES}
-        optimizer = getattr(torch.optim, name)(w.values(), **{"lr": 0.1} | settings if name == "SGD" else settings)
+        optimizer = getattr(torch.optim, name)(w.values(), **settings)
         losses = []
         for number in range(STEPS):
             x, labels = (torch.tensor(a) for a in batch(number))

@@ -5,8 +5,9 @@ the call to replay, or None for a case that it leaves to the definition.
 """
 
 import os
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import numpy as np
@@ -25,10 +26,15 @@ class Backend:
     workspace_bytes = 8 << 20
 
     blas, fuses, graphs, show = True, False, False, None
-    versions = {}  # noqa: RUF012 - NumPy's and its BLAS's are everybody's
 
-    def __init__(self, fast=True):
+    def __init__(self, fast=True, numba=None):
         self.fast = fast
+        self.numba = find_spec("numba") is not None if numba is None else numba
+
+    @cached_property
+    def versions(self):
+        """That of numba, where it compiles; NumPy's and its BLAS's are everybody's."""
+        return {"numba": version("numba")} if self.numba else {}
 
     @property
     def replicas(self):
@@ -36,8 +42,14 @@ class Backend:
         return len(os.sched_getaffinity(0))
 
     def engine(self, types):
-        """Return "blocked", or for 16-bit floats the portable engine: their products are not BLAS's."""
-        return "blocked" if types.real.itemsize > 2 else "unfold"
+        """Return the engine for each geometry; for 16-bit floats the portable one: their products are not BLAS's."""
+        if types.real.itemsize == 2:
+            return "unfold"
+        if not self.numba or types.real != np.float32:
+            return "blocked"
+        from gpunet.backends.numpy import engine_direct
+
+        return lambda g: "direct" if engine_direct.covers(g) else "blocked"
 
     def parts(self, rows, tiles):
         """Return 1: a replica is one core."""
@@ -149,9 +161,12 @@ class Backend:
         return run
 
     def bind_call(self, name, views, options, workspace):
-        """Bind an engine's pass: a function of gpunet.backends.numpy.engines."""
+        """Bind an engine's pass, such as blocked_forward: function `forward` of module engine_blocked here."""
         workspace.reset()
-        return getattr(import_module("gpunet.backends.numpy.engines"), name)(*views, **options, scratch=workspace)
+        engine, _, kind = name.partition("_")
+        return getattr(import_module(f"gpunet.backends.numpy.engine_{engine}"), kind)(
+            *views, **options, scratch=workspace
+        )
 
     def bind_reduce(self, operation, views, out):
         """Sum or stack the replicas' views; `out` may be one of them, which nobody else reads."""

@@ -16,7 +16,7 @@ PRODUCT = 1 << 19  # bytes of a partial gradient
 TILE = 4096  # elements of the bias row repeated, so that an addition runs over long rows
 
 
-def conv_forward(x, weight, *rest, geometry, scratch):
+def forward(x, weight, *rest, geometry, scratch):
     """y = patches @ W + b."""
     g = geometry
     *bias, y = rest
@@ -25,7 +25,7 @@ def conv_forward(x, weight, *rest, geometry, scratch):
     return _multiply(g, x, matrix, out, add_bias, scratch)
 
 
-def conv_backward_input(dy, weight, dx, turned, *, geometry, scratch):
+def backward_input(dy, weight, dx, turned, *, geometry, scratch):
     """dx = patches of dy @ turned W at stride 1; elsewhere dy @ W^T, added back to the pixels each product read."""
     g = geometry
     if g.pointwise:
@@ -38,7 +38,7 @@ def conv_backward_input(dy, weight, dx, turned, *, geometry, scratch):
     return _folded(g, dy, weight, dx, scratch)
 
 
-def conv_backward_weight(x, dy, gradient, *, geometry, accumulate, scratch):
+def backward_weight(x, dy, gradient, *, geometry, accumulate, scratch):
     """dW = sum over blocks of patches^T @ dy, a few hundred rows of dW at a time."""
     g = geometry
     rows, out = dy.reshape(g.rows, g.outputs), gradient.reshape(g.depth, g.outputs)
