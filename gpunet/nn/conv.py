@@ -227,7 +227,35 @@ class Native:
         t.call(f"{self.name}_backward_input", (dy, weight), (dx, turned), g.flops, geometry=g)
 
 
-ENGINES = {"unfold": Unfold(), "blocked": Native("blocked"), "direct": Native("direct")}
+class Winograd:
+    """A backend's engine that multiplies values of polynomials at 36 points, for which it wants room."""
+
+    @staticmethod
+    def _points(t, g):
+        return t.empty((36, g.c, g.outputs))
+
+    def forward(self, t, g, x, weight, bias, y):
+        """y = the convolution of x, + b."""
+        extra = () if bias is None else (bias,)
+        t.call("winograd_forward", (x, weight, *extra), (y, self._points(t, g)), g.flops, geometry=g)
+
+    def backward_weight(self, t, g, x, kept, dy, gradient, accumulate):
+        """dW."""
+        writes = gradient, self._points(t, g)
+        t.call("winograd_backward_weight", (x, dy), writes, g.flops, geometry=g, accumulate=accumulate)
+
+    def backward_input(self, t, g, dy, weight, dx):
+        """dx, with room for the turned weights, too."""
+        writes = dx, t.empty((g.kh, g.kw, g.outputs, g.c)), self._points(t, g)
+        t.call("winograd_backward_input", (dy, weight), writes, g.flops, geometry=g)
+
+
+ENGINES = {
+    "unfold": Unfold(),
+    "blocked": Native("blocked"),
+    "direct": Native("direct"),
+    "winograd": Winograd(),
+}
 
 
 def engine(t, g):

@@ -16,6 +16,7 @@ from gpunet.backends.numpy.scratch import Scratch
 from gpunet.backends.numpy.values import put, wide
 from gpunet.errors import GpunetError
 
+COMPILED = "direct", "winograd"  # engines that need numba
 REDUCE_BLOCK = 16384  # elements summed at a time, so that partial sums stay in the cache
 
 
@@ -47,9 +48,14 @@ class Backend:
             return "unfold"
         if not self.numba or types.real != np.float32:
             return "blocked"
-        from gpunet.backends.numpy import engine_direct
+        from gpunet.backends.numpy import numba_direct, numba_winograd
 
-        return lambda g: "direct" if engine_direct.covers(g) else "blocked"
+        def choose(g):
+            if numba_winograd.covers(g):
+                return "winograd"
+            return "direct" if numba_direct.covers(g) else "blocked"
+
+        return choose
 
     def parts(self, rows, tiles):
         """Return 1: a replica is one core."""
@@ -161,12 +167,11 @@ class Backend:
         return run
 
     def bind_call(self, name, views, options, workspace):
-        """Bind an engine's pass, such as blocked_forward: function `forward` of module engine_blocked here."""
+        """Bind an engine's pass, such as direct_forward: function `forward` of module numba_direct or engine_direct."""
         workspace.reset()
         engine, _, kind = name.partition("_")
-        return getattr(import_module(f"gpunet.backends.numpy.engine_{engine}"), kind)(
-            *views, **options, scratch=workspace
-        )
+        module = f"gpunet.backends.numpy.{'numba' if engine in COMPILED else 'engine'}_{engine}"
+        return getattr(import_module(module), kind)(*views, **options, scratch=workspace)
 
     def bind_reduce(self, operation, views, out):
         """Sum or stack the replicas' views; `out` may be one of them, which nobody else reads."""
