@@ -173,7 +173,7 @@ class Failing(Backend):
     """A NumPy backend whose kernel `name` fails once in a replica when `armed`."""
 
     def __init__(self, name, main):
-        super().__init__()
+        super().__init__(numba=False)  # which fuses nothing
         self.name_of_kernel, self.main, self.armed = name, main, False
 
     def bind_launch(self, kernel, arguments, workspace):

@@ -533,6 +533,7 @@ GROWTH = """
 import sys
 import numpy as np
 from gpunet import models
+from gpunet.backends.numpy import Backend
 from gpunet.core.source import Source
 from gpunet.core.step import Step
 from gpunet.data import Split
@@ -551,7 +552,7 @@ split = Split(rng.integers(0, 256, (2 * n, 32, 32, 3), np.uint8), rng.integers(0
 source = Source(split, mean=120.0, scale=0.02, flip=True, pad=4, classes=10)
 graph = models.resnet9(widths=(8, 16, 16, 16))
 before = resident()
-options = {"dtype": "float64", "keep": ("*",)}  # more bytes for the time
+options = {"dtype": "float64", "keep": ("*",), "backend": Backend(numba=False)}  # more bytes for the time; no compiler
 step = Step(graph, SoftmaxCrossEntropy(), SGD(0.01, 0.9), batch=n, source=source, replicas=1, **options)
 arena = sum(step.memory().values()) - step.memory()["train.images"]
 for _ in range(int(sys.argv[1])):

@@ -26,11 +26,16 @@ class Backend:
     name = "numpy"
     workspace_bytes = 8 << 20
 
-    blas, fuses, graphs, show = True, False, False, None
+    blas, graphs, show = True, False, None
 
     def __init__(self, fast=True, numba=None):
         self.fast = fast
         self.numba = find_spec("numba") is not None if numba is None else numba
+
+    @property
+    def fuses(self):
+        """Whether chains run as one layer: NumPy alone gains nothing by it."""
+        return self.numba
 
     @cached_property
     def versions(self):
