@@ -244,7 +244,7 @@ def summary(
     data: Folder = None,
     backend: Backend = None,
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Find its largest batch.")] = None,
-    fusions: Annotated[bool, typer.Option("--plan", help="Show which chains of layers are fused.")] = False,
+    fusions: Annotated[bool, typer.Option("--plan", help="Show fused chains of layers, and engines.")] = False,
     picture: Annotated[str | None, typer.Option("--graph", metavar="FILE.svg", help="Draw the network there.")] = None,
     ops: Ops = None,
 ):
@@ -262,6 +262,8 @@ def summary(
     print(plan)
     if fusions:
         print("\n".join(["\nfused, on a backend that fuses", *(plan.fusions() or ["none"])]))
+        engines = list(plan.engines().items()) or [("none", "")]
+        print(f"\nengines of the convolutions, backend {loaded.train.backend}\n{columns(engines, 2)}")
     print(f"\nplanned memory at batch {batch}, backend {loaded.train.backend}")
     print(columns([*((name, size(n)) for name, n in held.items()), ("peak", size(sum(held.values())))], 1))
     if limit is not None:
@@ -294,6 +296,23 @@ def profile(
     print(report)
     report.save(folder / "trace.json")
     print(folder / "trace.json")
+
+
+@app.command()
+def tune(
+    config: Recipe,
+    overrides: Overrides = None,
+    backend: Backend = None,
+    write: Annotated[bool, typer.Option("--write", help="Use the fastest ones on this machine from now on.")] = False,
+    ops: Ops = None,
+):
+    """Time every engine on every convolution of a recipe's network, all its passes together; on NumPy."""
+    from gpunet.train.tune import tune as measured
+
+    found = measured(_load(config, overrides, None, backend))
+    print(found)
+    if write:
+        print(f"\n{found.save()}")
 
 
 @app.command(name="lr-range")

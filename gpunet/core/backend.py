@@ -25,8 +25,11 @@ class Backend(Protocol):
     versions: dict  # {what: version} of its own on which the bits of its results depend
     graphs: bool  # whether a list that is replayed again is captured, by capture(calls) -> call
 
-    def engine(self, types):
-        """Return the name of the engine that computes convolutions of these types, or geometry -> name."""
+    def engine(self, types, name=None):
+        """Return the name of the engine that computes convolutions of these types, or geometry -> name.
+
+        name: the one that the user asks for; where it cannot compute something another does.
+        """
 
     def parts(self, rows, tiles):
         """Return how many parts a sum over `rows` is cut into where each part is `tiles` blocks of work."""
@@ -95,6 +98,8 @@ class Backend(Protocol):
     def bind_reduce(self, operation, views, out):
         """Return a call that sums or gathers one view a replica, in replica order, into `out`."""
 
+
+ENGINES = ("unfold", "blocked", "winograd", "direct")  # of a convolution: those that a backend may have
 
 STORAGE = {
     "float32": "float32",

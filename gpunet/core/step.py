@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 
 from gpunet.core.arenas import Arenas, Tensors, room
-from gpunet.core.backend import Types
+from gpunet.core.backend import ENGINES, Types
 from gpunet.core.params import BLOCK, Layout
 from gpunet.core.replay import Replay
 from gpunet.core.state import LOSS_SCALE, STATE, new_state
@@ -38,15 +38,18 @@ class Step:
     as "stage1.*:output", "head:output_gradient" or "input:gradient". backend: an object, or a name ("auto": the GPU
     where there is one); one that fuses layers keeps no outputs between those. What is kept is read after `gradient`
     or `predict`: an `update` behind it may use the same memory. average: traces an average of the weights behind the
-    optimizer; `predict`, `evaluate` and checkpoints then take it in place of the weights.
+    optimizer; `predict`, `evaluate` and checkpoints then take it in place of the weights. engine: what computes
+    convolutions, "unfold", "blocked", "winograd" or "direct", where it can (`engines` tells); None or "auto": the
+    backend's choice.
     """
 
     def __init__(self, graph, loss=None, optimizer=None, *, batch, dtype="float32", backend="numpy", replicas=None,
-                 seed=0, source=None, rates=None, keep=(), average=None):  # fmt: skip
+                 seed=0, source=None, rates=None, keep=(), average=None, engine=None):  # fmt: skip
         self.backend = _named(backend) if isinstance(backend, str) else backend
         self.graph = graph.fused() if self.backend.fuses else graph
         self.loss, self.optimizer, self.average = loss, optimizer, average
         self.batch, self.seed, self.source, self.keep = batch, seed, source, tuple(keep)
+        self.engine = None if engine == "auto" else engine
         self._check(batch, source)
         self.slots = (*getattr(optimizer, "slots", ()), *["average"] * (average is not None))
         if len(set(self.slots)) < len(self.slots):
@@ -72,6 +75,8 @@ class Step:
     def _check(self, batch, source):
         if batch < 1:
             raise GpunetError(f"batch: expected at least 1, got {batch}")
+        if self.engine is not None and self.engine not in ENGINES:
+            raise GpunetError(f"engine: expected one of auto, {', '.join(ENGINES)}, got {self.engine!r}")
         if source is None:
             return
         if source.shape != self.graph.input_shape:
@@ -289,6 +294,11 @@ class Step:
         calls = {e.path: e.name.partition("_")[0] for e in entries if e.kind == "call"}
         return calls | {e.path: "unfold" for e in entries if e.name in ("unfold", "fold")}
 
+    def passes(self):
+        """Return the entries of one replica's gradient that an engine of the backend's own computes, a pass each."""
+        program = self._replay.program(("gradient", self.batch, False, False))[0]
+        return [entry for entry in program.plan.entries if entry.kind == "call"]
+
     def wait(self):
         """Wait until the device has done all steps that it was given."""
         self.backend.synchronize()
@@ -495,7 +505,7 @@ class Step:
             self.layouts,
             self._arenas,
             training=kind in ("gradient", "statistics"),
-            engine=self.backend.engine(self.types),
+            engine=self.backend.engine(self.types, *([self.engine] if self.engine else [])),
             parts=self.backend.parts,
             seed=self.seed,
             accumulate=accumulate,

@@ -227,34 +227,35 @@ class Native:
         t.call(f"{self.name}_backward_input", (dy, weight), (dx, turned), g.flops, geometry=g)
 
 
-class Winograd:
-    """A backend's engine that multiplies values of polynomials at 36 points, for which it wants room."""
+class Winograd(Native):
+    """A native engine whose passes have as workspace the weights as polynomials' values at (size + 3)^2 places."""
 
-    @staticmethod
-    def _points(t, g):
-        return t.empty((36, g.c, g.outputs))
+    GAP = 16  # numbers between two planes, which would else be a power of two apart and share lines of the cache
+
+    def _values(self, t, g):
+        return t.empty(((g.kh + 3) * (g.kw + 3), g.c * g.outputs + self.GAP))
 
     def forward(self, t, g, x, weight, bias, y):
         """y = the convolution of x, + b."""
-        extra = () if bias is None else (bias,)
-        t.call("winograd_forward", (x, weight, *extra), (y, self._points(t, g)), g.flops, geometry=g)
+        reads = (x, weight) if bias is None else (x, weight, bias)
+        t.call(f"{self.name}_forward", reads, (y, self._values(t, g)), g.flops, geometry=g)
 
     def backward_weight(self, t, g, x, kept, dy, gradient, accumulate):
-        """dW."""
-        writes = gradient, self._points(t, g)
-        t.call("winograd_backward_weight", (x, dy), writes, g.flops, geometry=g, accumulate=accumulate)
+        """dW. The images are transformed again: keeping that would take 2.25 times their memory."""
+        writes = gradient, self._values(t, g)
+        t.call(f"{self.name}_backward_weight", (x, dy), writes, g.flops, geometry=g, accumulate=accumulate)
 
     def backward_input(self, t, g, dy, weight, dx):
-        """dx, with room for the turned weights, too."""
-        writes = dx, t.empty((g.kh, g.kw, g.outputs, g.c)), self._points(t, g)
-        t.call("winograd_backward_input", (dy, weight), writes, g.flops, geometry=g)
+        """dx."""
+        writes = dx, t.empty((g.kh, g.kw, g.outputs, g.c)), self._values(t, g)
+        t.call(f"{self.name}_backward_input", (dy, weight), writes, g.flops, geometry=g)
 
 
 ENGINES = {
     "unfold": Unfold(),
     "blocked": Native("blocked"),
+    "winograd": Winograd("winograd"),
     "direct": Native("direct"),
-    "winograd": Winograd(),
 }
 
 

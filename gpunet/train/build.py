@@ -213,6 +213,7 @@ def build_step(config, graph, source=None, backend=None):
         rates=rates,
         keep=keep,
         average=average,
+        engine=train.conv_engine,
     )
 
 

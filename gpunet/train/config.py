@@ -172,6 +172,7 @@ class Train(Section):
     steps_per_launch: updates that a GPU is given at a time, as one graph. window: images of a split that lie on it at a
     time, where all are too many. watch: names or patterns of layers and weights, such as "stage1.*", of whose values
     and gradients the metrics get statistics at every `watch_every`-th update (gpunet.train.watch); it costs memory.
+    conv_engine: what computes convolutions on NumPy, where it can: "auto" takes the fastest known (`gpunet tune`).
 
     order: an epoch's images "shuffled", as "stored", drawn with "replacement" or "balanced", every class as often
     (gpunet.Source). patience: the training ends once so many validations in a row were no better than the best by more
@@ -190,6 +191,7 @@ class Train(Section):
     replicas: Count | None = None
     backend: str = "auto"
     dtype: Literal["float32", "tf32", "float64", "float16", "bfloat16"] = "float32"
+    conv_engine: Literal["auto", "unfold", "blocked", "winograd", "direct"] = "auto"
     order: Literal["shuffled", "stored", "replacement", "balanced"] = "shuffled"
     lr_rule: Literal["none", "linear", "sqrt"] = "none"
     base_batch: Count = 128

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import gpunet
+from gpunet.backends.machine import processor
 from gpunet.data import captioned_sheet
 from gpunet.errors import GpunetError
 from gpunet.train.checkpoint import write_whole
@@ -242,12 +243,3 @@ def _versions():
             yield f"{name} {version(name)}"
         except PackageNotFoundError:
             continue
-
-
-def processor():
-    """Return the processor's name."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -6,16 +6,15 @@ from typing import Annotated
 
 import numpy as np
 from pydantic import AfterValidator, Field, ValidationError
-from threadpoolctl import threadpool_info
 
 import gpunet
 from gpunet import ops
+from gpunet.backends.machine import blas, processor
 from gpunet.core import random
 from gpunet.errors import GpunetError
 from gpunet.train.checkpoint import write_whole
 from gpunet.train.config import Natural, Section, parse_config, read_toml, to_toml
 from gpunet.train.monitor import Plateau, Waited
-from gpunet.train.report import processor
 from gpunet.train.run import NUMBERS, Run
 
 # What may change in a run that goes on; what of it could change the bits is held to what was recorded.
@@ -204,11 +203,7 @@ def pins(step):
     return {
         "gpunet": gpunet.__version__,
         "numpy": np.__version__,
-        "blas": ", ".join(
-            f"{info['internal_api']} {info['version']} {info.get('architecture', '')}".strip()
-            for info in threadpool_info()
-            if info["user_api"] == "blas"
-        ),
+        "blas": blas(),
         "draws": random.FORMAT,
         "backend": step.backend.name,
         **step.backend.versions,

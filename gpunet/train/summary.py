@@ -79,6 +79,10 @@ class Plan:
         """Return a line for each chain of layers that `fuse` replaces: "stem.norm + stem.relu -> BatchNormReLU"."""
         return [f"{' + '.join(n.path for n in nodes)} -> {kind.__name__}" for kind, nodes in find_chains(self.graph)]
 
+    def engines(self):
+        """Return {convolution's path: the engine that computes it here}."""
+        return self._step().engines()
+
     def __str__(self):
         layers = self.graph.summary()
         rows = [("layer", "kind", "output", "weights", "FLOPs")]

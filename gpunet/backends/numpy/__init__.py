@@ -16,7 +16,6 @@ from gpunet.backends.numpy.scratch import Scratch
 from gpunet.backends.numpy.values import put, wide
 from gpunet.errors import GpunetError
 
-COMPILED = "direct", "winograd"  # engines that need numba
 REDUCE_BLOCK = 16384  # elements summed at a time, so that partial sums stay in the cache
 
 
@@ -47,20 +46,14 @@ class Backend:
         """One a core that this process may use."""
         return len(os.sched_getaffinity(0))
 
-    def engine(self, types):
+    def engine(self, types, name=None):
         """Return the engine for each geometry; for 16-bit floats the portable one: their products are not BLAS's."""
+        from gpunet.backends.numpy import engines
+
         if types.real.itemsize == 2:
             return "unfold"
-        if not self.numba or types.real != np.float32:
-            return "blocked"
-        from gpunet.backends.numpy import numba_direct, numba_winograd
-
-        def choose(g):
-            if numba_winograd.covers(g):
-                return "winograd"
-            return "direct" if numba_direct.covers(g) else "blocked"
-
-        return choose
+        tuned = {} if name else engines.read_table(self, types)
+        return partial(engines.choose, types=types, numba=self.numba, name=name, tuned=tuned)
 
     def parts(self, rows, tiles):
         """Return 1: a replica is one core."""
@@ -172,11 +165,18 @@ class Backend:
         return run
 
     def bind_call(self, name, views, options, workspace):
-        """Bind an engine's pass, such as direct_forward: function `forward` of module numba_direct or engine_direct."""
-        workspace.reset()
+        """Bind an engine's pass, such as blocked_forward: function `forward` of module engine_blocked here.
+
+        Where numba compiles and module numba_<engine> covers the case, that module's; it returns None for others.
+        """
         engine, _, kind = name.partition("_")
-        module = f"gpunet.backends.numpy.{'numba' if engine in COMPILED else 'engine'}_{engine}"
-        return getattr(import_module(module), kind)(*views, **options, scratch=workspace)
+        module, compiled = (f"gpunet.backends.numpy.{kind_of}_{engine}" for kind_of in ("engine", "numba"))
+        for place in [compiled] * bool(self.numba and find_spec(compiled)) + [module]:
+            workspace.reset()
+            call = getattr(import_module(place), kind)(*views, **options, scratch=workspace)
+            if call is not None:
+                return call
+        raise GpunetError(f"backend numpy: engine {engine} does not compute {options['geometry']}")
 
     def bind_reduce(self, operation, views, out):
         """Sum or stack the replicas' views; `out` may be one of them, which nobody else reads."""

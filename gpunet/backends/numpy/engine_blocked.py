@@ -21,7 +21,7 @@ def forward(x, weight, *rest, geometry, scratch):
     g = geometry
     *bias, y = rest
     matrix, out = weight.reshape(g.depth, g.outputs), y.reshape(g.rows, g.outputs)
-    add_bias = _bias(bias[0], out, scratch) if bias else None
+    add_bias = bias_steps(bias[0], out, scratch) if bias else None
     return _multiply(g, x, matrix, out, add_bias, scratch)
 
 
@@ -123,7 +123,7 @@ def _patches(g, images, band):
     return as_strided(images, shape, strides)
 
 
-def _bias(bias, out, scratch):
+def bias_steps(bias, out, scratch):
     """Return (copies that repeat the bias row, block -> steps that add it)."""
     c = out.shape[1]
     repeat = max(1, TILE // c)

@@ -1,6 +1,6 @@
 """Python compiled by numba, where that extra is installed: the one place that says how, and keeps what was compiled.
 
-Only `numba_*.py` and `simd.py` import this module, and nobody imports those without numba.
+Only `numba_*.py` import this module and `simd.py`, and nobody imports those without numba.
 """
 
 import hashlib
@@ -22,8 +22,7 @@ def _folder():
 
     numba looks at the file of a function alone, but these call each other.
     """
-    here = Path(__file__).parent
-    sources = sorted([*here.glob("numba_*.py"), here / "simd.py", Path(__file__)])
+    sources = sorted(Path(__file__).parent.glob("*.py"))
     texts = (path.read_text(encoding="utf-8") for path in sources)
     try:
         place = kernels.folder() / f"numba-{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:16]}"

@@ -1,324 +1,330 @@
-"""Convolution by Winograd's minimal filtering on tiles of registers: a quarter of the products. Needs numba.
+"""The passes of `engine_winograd` compiled by numba: transforms in registers, products by register tiles.
 
-Six points 0, 1, -1, 2, -2, infinity serve kernels of 3x3 (tiles of 4x4 outputs) and 5x5 (2x2) at stride 1 (Lavin and
-Gray 2016, https://arxiv.org/abs/1509.09308). Of each tile's 6x6 inputs, and of each kernel, the values of a polynomial
-at 36 points are taken; there a convolution is a product of numbers, over channels one of matrices; the outputs are
-interpolated from those. The gradient by weights is the adjoint: products of the same values, summed over tiles.
+Tiles are taken in order, whatever image they belong to, a block at a time: transformed, multiplied by the transformed
+weights at each of the size^2 places, transformed back.
 """
 
 from collections import namedtuple
 from functools import cache
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
+from gpunet.backends.numpy.engine_winograd import FORMS, TILE, turned_geometry
 from gpunet.backends.numpy.jit import jit
-from gpunet.backends.numpy.simd import LANES, combination, load, multiply_add, store, zeros
+from gpunet.backends.numpy.simd import LANES, REGISTERS, load, multiply_add, store, zeros
 
-POINTS = (0, 1, -1, 2, -2)
-SIDE = len(POINTS) + 1  # of a tile of inputs
-ROWS = 8 if LANES == 16 else 4  # of a register tile
-CHUNK = 1 << 21  # bytes of values of tiles at a time: a third-level cache's, and enough rows for each product
-
-
-def _matrices(taps):
-    """Return (inputs, kernel, outputs): B^T (6, 6), G (6, taps), A^T (7 - taps, 6) of Winograd's algorithm.
-
-    G evaluates a kernel at the points, each over the product of its differences to the others; A^T evaluates outputs;
-    B^T is the inverse of evaluation, which holds the polynomials with a root at all points but one.
-    """
-    outputs = SIDE + 1 - taps
-    norm = [np.prod([p - q for q in POINTS if q != p], dtype=float) for p in POINTS]
-    kernel = [[p**t / n for t in range(taps)] for p, n in zip(POINTS, norm, strict=True)]
-    kernel.append([0.0] * (taps - 1) + [1.0])
-    inputs = [[*np.poly([q for q in POINTS if q != p])[::-1].tolist(), 0.0] for p in POINTS]
-    inputs.append(np.poly(POINTS)[::-1].tolist())
-    back = [[float(p) ** o for p in POINTS] + [float(o == outputs - 1)] for o in range(outputs)]
-    return inputs, kernel, back
-
-
-def _transposed(matrix):
-    return [list(column) for column in zip(*matrix, strict=True)]
-
-
-def covers(g):
-    """Whether a convolution has the form: 3x3 or 5x5 at stride 1, channels in whole registers, enough of them."""
-    plain = g.stride_y == g.stride_x == g.dilation_y == g.dilation_x == g.groups == 1
-    size = g.kh == g.kw in (3, 5) and max(g.pad_y, g.pad_x) < g.kh
-    frame = (g.h + 16) * (g.w + 16) * max(g.c, g.outputs) * 4
-    return plain and size and min(g.c, g.outputs) >= 16 and g.c % LANES == g.outputs % LANES == 0 and frame < CHUNK
-
-
-Sizes = namedtuple(
-    "Sizes", "rows width inside frame_width c outputs oh ow out_width down across side units"
-)  # in elements where they are places; side: of a tile of outputs; down, across: tiles; units: rows of tiles a chunk
-
-
-def _plan(shape, out, taps, pad_y, pad_x, scratch):
-    """Return (Sizes, tiles a chunk, frame, values of inputs, of outputs) for images of a shape to those of another."""
-    (_, h, w, c), (_, oh, ow, outputs) = shape, out
-    side = SIDE + 1 - taps
-    down, across = -(-oh // side), -(-ow // side)
-    height, width = max(down * side + taps - 1, pad_y + h), max(across * side + taps - 1, pad_x + w)
-    tile = SIDE * SIDE * (c + outputs) * 4
-    units = max(1, min(shape[0] * down, CHUNK // (tile * across)))
-    tiles = -(-units * across // ROWS) * ROWS
-    s = Sizes(h, w * c, (pad_y * width + pad_x) * c, width * c, c, outputs, oh, ow, ow * outputs, down, across, side,
-              units)  # fmt: skip
-    places = height * width * c, SIDE * SIDE * tiles * c, SIDE * SIDE * tiles * outputs
-    return s, tiles, *(scratch((n,), np.float32) for n in places)
+GAP = 16  # elements between two planes, which would else be a power of two apart and share lines of the cache
+KINDS = "input", "weight", "output", "dy", "gradient"
+INPUT, WEIGHT, OUTPUT, DY, GRADIENT = range(5)
+BLOCK = 1 << 12  # channels x tiles of a block
+DEEP = 3  # groups of tiles at least, where each block reads and writes all of a gradient
+MOST = 6 << 20  # bytes of scratch that a pass takes
 
 
 def forward(x, weight, *rest, geometry, scratch):
-    """y = interpolated from values(x) @ values(W), + b."""
-    *bias, y, points = rest
-    g = geometry
-    return _convolution(x, weight, bias[0] if bias else None, y, points, g.kh, g.pad_y, g.pad_x, scratch)
+    """y = the output transform of (transformed x) . (transformed W), + b."""
+    *bias, y, transformed = rest
+    return _convolution(geometry, x, weight, *(bias or (None,)), y, transformed, scratch)
 
 
-def backward_input(dy, weight, dx, turned, points, *, geometry, scratch):
-    """dx = the convolution of dy with the kernel turned by 180 degrees, its channels swapped."""
-    g = geometry
+def backward_input(dy, weight, dx, turned, transformed, *, geometry, scratch):
+    """dx = the same of dy with W turned by 180 degrees, its channels swapped."""
+    back = turned_geometry(geometry)
+    call = _convolution(back, dy, turned, None, dx, transformed, scratch)
+    if call is None:
+        return None
     source = weight[::-1, ::-1].transpose(0, 1, 3, 2)
-    pads = g.kh - 1 - g.pad_y, g.kh - 1 - g.pad_x
-    convolve = _convolution(dy, turned, None, dx, points, g.kh, *pads, scratch)
 
     def run():
         np.copyto(turned, source)
-        convolve()
+        call()
 
     return run
 
 
-def _convolution(x, weight, bias, y, points, taps, pad_y, pad_x, scratch):
-    s, tiles, frame, values, products = _plan(x.shape, y.shape, taps, pad_y, pad_x, scratch)
-    corner, one = scratch((SIDE * SIDE * LANES,), np.float32), scratch((1,), np.float32)
-    start = bias if bias is not None else scratch((s.outputs,), np.float32)
-    of_kernel, convolve = _kernel_values(taps), _convolve(taps, _vectors(s))
-    views = x.reshape(-1), frame, values, points.reshape(-1), products, corner, start, one, y.reshape(-1)
+def backward_weight(x, dy, gradient, transformed, *, geometry, accumulate, scratch):
+    """dW (+)= the adjoint of the weights' transform of the sum over tiles of (transformed x)^T (transformed dy)."""
+    g = geometry
+    sizes = _sizes(g, x, transformed, DEEP)
+    if sizes is None:
+        return None
+    size = FORMS[g.kh].size
+    frame = scratch((sizes.frame_rows * sizes.frame_width * g.c,), x.dtype)
+    other = scratch((sizes.down * sizes.across * TILE * TILE * g.outputs,), x.dtype)
+    v, d = (scratch((size * size * plane,), x.dtype) for plane in (sizes.v_plane, sizes.m_plane))
+    out = scratch((g.kh * g.kw * LANES,), x.dtype)
+    vectors = _divisor(g.outputs // LANES, 4 if REGISTERS >= 16 else 3)
+    rows = max(r for r in (1, 2, 4, 8, 16) if r * vectors <= REGISTERS)
+    add = _gradient(g.kh, rows, vectors, LANES)
+    views = x.reshape(-1), frame, dy.reshape(-1), other, v, d, transformed.reshape(-1), gradient.reshape(-1), out
 
     def run():
         frame.fill(0)
-        one.fill(1)
+        other.fill(0)
+        transformed.fill(0)
+        add(*views, g.n, accumulate, sizes)
+
+    return run
+
+
+Sizes = namedtuple(
+    "Sizes",
+    "rows width c oh ow outputs inside frame_rows frame_width down across block v_plane m_plane u_plane",
+)
+
+
+def _sizes(g, x, transformed, least=1):
+    """Return the Sizes of a convolution, or None where it is not for this module."""
+    if x.dtype != np.float32 or g.c % LANES or g.outputs % LANES:
+        return None
+    size = FORMS[g.kh].size
+    down, across = -(-g.oh // TILE), -(-g.ow // TILE)
+    frame_rows, frame_width = down * TILE + g.kh - 1, across * TILE + g.kw - 1
+    frame_rows, frame_width = max(frame_rows, g.pad_y + g.h), max(frame_width, g.pad_x + g.w)
+    frames = 4 * (frame_rows * frame_width * g.c + down * across * TILE * TILE * g.outputs)
+    block = max(BLOCK // min(g.c, g.outputs), least * REGISTERS)
+    block = min(block, (MOST - frames) // (4 * size * size * (g.c + g.outputs)))
+    block = max(block, REGISTERS) // REGISTERS * REGISTERS
+    if frames + 4 * size * size * (g.c + g.outputs) * block > MOST:
+        return None
+    block = min(block, -(-g.n * down * across // REGISTERS) * REGISTERS)
+    return Sizes(
+        g.h, g.w, g.c, g.oh, g.ow, g.outputs, (g.pad_y * frame_width + g.pad_x) * g.c, frame_rows, frame_width,
+        down, across, block, block * g.c + GAP, block * g.outputs + GAP, transformed.shape[1],
+    )  # fmt: skip
+
+
+def _divisor(number, most):
+    return max(d for d in range(1, most + 1) if number % d == 0)
+
+
+def _convolution(g, x, weight, bias, y, transformed, scratch):
+    sizes = _sizes(g, x, transformed)
+    if sizes is None:
+        return None
+    size = FORMS[g.kh].size
+    frame = scratch((sizes.frame_rows * sizes.frame_width * g.c,), x.dtype)
+    v, m = (scratch((size * size * plane,), x.dtype) for plane in (sizes.v_plane, sizes.m_plane))
+    out = scratch((TILE * TILE * LANES,), x.dtype)
+    start = bias if bias is not None else scratch((g.outputs,), x.dtype)
+    vectors = _divisor(g.outputs // LANES, 4 if REGISTERS >= 16 else 3)
+    rows = REGISTERS // vectors
+    prepare, convolve = _weights(g.kh, vectors, LANES), _forward(g.kh, rows, vectors, LANES)
+    values = transformed.reshape(-1)
+    views = x.reshape(-1), frame, values, start, y.reshape(-1), v, m, out
+    flat = weight.reshape(-1)
+
+    def run():
+        frame.fill(0)
         if bias is None:
             start.fill(0)
-        of_kernel(weight.reshape(-1), points.reshape(-1), corner, s.c * s.outputs)
-        convolve(*views, len(x), tiles, s)
+        prepare(flat, values, sizes)
+        convolve(*views, g.n, sizes)
 
     return run
-
-
-def backward_weight(x, dy, gradient, points, *, geometry, accumulate, scratch):
-    """dW (+)= the adjoint of its values: the sum over tiles of values(x)^T @ values of dy."""
-    g = geometry
-    s, tiles, frame, values, products = _plan(x.shape, dy.shape, g.kh, g.pad_y, g.pad_x, scratch)
-    corner = scratch((SIDE * SIDE * LANES,), np.float32)
-    add, back = _gradient(g.kh, _vectors(s)), _kernel_gradient(g.kh)
-    total = points.reshape(-1)
-    views = x.reshape(-1), frame, values, dy.reshape(-1), products, corner, total
-
-    def run():
-        frame.fill(0)
-        total.fill(0)
-        if not accumulate:
-            gradient.fill(0)
-        add(*views, len(x), tiles, s)
-        back(total, gradient.reshape(-1), corner, s.c * s.outputs)
-
-    return run
-
-
-def _vectors(s):
-    return 2 if s.outputs % (2 * LANES) == 0 else 1
 
 
 @jit
-def _enter(x, at, frame, s):
-    """Copy an image into the frame."""
+def _enter(x, image, frame, s):
+    """Copy an image into the frame of zeros."""
     for row in range(s.rows):
-        source, target = at + row * s.width, s.inside + row * s.frame_width
-        frame[target : target + s.width] = x[source : source + s.width]
+        source = (image * s.rows + row) * s.width * s.c
+        target = s.inside + row * s.frame_width * s.c
+        frame[target : target + s.width * s.c] = x[source : source + s.width * s.c]
+
+
+@jit
+def _enter_dy(dy, image, frame, s):
+    """Copy an image of dy into a frame of whole tiles."""
+    for row in range(s.oh):
+        source = (image * s.oh + row) * s.ow * s.outputs
+        target = row * s.across * 4 * s.outputs
+        frame[target : target + s.ow * s.outputs] = dy[source : source + s.ow * s.outputs]
 
 
 @cache
-def _input_values():
-    """Return the kernel that takes the values of one row of tiles."""
-    evaluate = combination(_matrices(3)[0])  # the same for both sizes of kernel
+def _weights(taps, vectors, lanes):
+    """Return the kernel that transforms W; of each group of columns that a tile multiplies, the numbers follow."""
+    size, wide = taps + TILE - 1, vectors * lanes
 
     @jit
-    def values_of_row(frame, row, corner, values, place, tiles, s):
-        for tile in range(s.across):
-            for c in range(0, s.c, LANES):
-                at = row * s.side * s.frame_width + tile * s.side * s.c + c
-                for j in range(SIDE):
-                    column = evaluate(load(SIDE, 1, LANES, frame, at + j * s.c, s.frame_width))
-                    store(column, corner, j * LANES, SIDE * LANES)
-                for i in range(SIDE):
-                    line = evaluate(load(SIDE, 1, LANES, corner, i * SIDE * LANES, LANES))
-                    store(line, values, (i * SIDE * tiles + place + tile) * s.c + c, tiles * s.c)
+    def prepare(w, u, s):
+        filters = s.c * s.outputs
+        for c in range(s.c):
+            for column in range(0, s.outputs, lanes):
+                group = column // wide * wide
+                to = group * s.c + c * wide + column - group
+                transform(w, c * s.outputs + column, taps * filters, filters, u, to, size * s.u_plane, s.u_plane,
+                          lanes, taps, WEIGHT)  # fmt: skip
 
-    return values_of_row
+    return prepare
 
 
 @cache
-def _kernel_values(taps):
-    """Return the kernel that takes the values of a convolution's weights, all channels at once."""
-    evaluate = combination(_matrices(taps)[1])
+def _forward(taps, rows, vectors, lanes):
+    """Return the kernel of a convolution with transformed weights u."""
+    size, wide = taps + TILE - 1, vectors * lanes
 
     @jit
-    def values_of_kernel(weight, points, corner, size):
-        for c in range(0, size, LANES):
-            for j in range(taps):
-                column = evaluate(load(taps, 1, LANES, weight, j * size + c, taps * size))
-                store(column, corner, j * LANES, SIDE * LANES)
-            for i in range(SIDE):
-                line = evaluate(load(taps, 1, LANES, corner, i * SIDE * LANES, LANES))
-                store(line, points, i * SIDE * size + c, size)
-
-    return values_of_kernel
-
-
-@cache
-def _kernel_gradient(taps):
-    """Return the kernel that adds what a gradient of values means for the weights."""
-    adjoint = combination(_transposed(_matrices(taps)[1]))
-
-    @jit
-    def add_gradient(points, gradient, corner, size):
-        for c in range(0, size, LANES):
-            for j in range(SIDE):
-                column = adjoint(load(SIDE, 1, LANES, points, j * size + c, SIDE * size))
-                store(column, corner, j * LANES, SIDE * LANES)
-            for i in range(taps):
-                line = adjoint(load(SIDE, 1, LANES, corner, i * SIDE * LANES, LANES))
-                store(line, corner, i * SIDE * LANES, LANES)
-            for tap in range(taps * taps):
-                at, place = tap * size + c, (tap // taps * SIDE + tap % taps) * LANES
-                for k in range(LANES):
-                    gradient[at + k] += corner[place + k]
-
-    return add_gradient
-
-
-@cache
-def _convolve(taps, vectors):
-    """Return the kernel of a whole convolution, chunk by chunk of rows of tiles."""
-    values_of_row, multiply = _input_values(), _multiply(vectors)
-    interpolate, side = combination(_matrices(taps)[2]), SIDE + 1 - taps
-
-    @jit
-    def convolve(x, frame, values, points, products, corner, bias, one, y, n, tiles, s):
-        for first in range(0, n * s.down, s.units):
-            units = min(s.units, n * s.down - first)
-            for unit in range(units):
-                image, row = divmod(first + unit, s.down)
-                if row == 0:
-                    _enter(x, image * s.rows * s.width, frame, s)
-                values_of_row(frame, row, corner, values, unit * s.across, tiles, s)
-            multiply(values, points, products, units * s.across, tiles, s.c, s.outputs)
-            for unit in range(units):
-                image, row = divmod(first + unit, s.down)
-                for tile in range(s.across):
-                    for c in range(0, s.outputs, LANES):
-                        place = (unit * s.across + tile) * s.outputs + c
-                        step = tiles * s.outputs
-                        for j in range(SIDE):
-                            column = interpolate(load(SIDE, 1, LANES, products, place + j * step, SIDE * step))
-                            store(column, corner, j * LANES, SIDE * LANES)
-                        for i in range(side):
-                            line = interpolate(load(SIDE, 1, LANES, corner, i * SIDE * LANES, LANES))
-                            line = multiply_add(line, one, 0, 0, bias, c)
-                            oy, ox = row * side + i, tile * side
-                            out = (image * s.oh + oy) * s.out_width + ox * s.outputs + c
-                            if oy < s.oh and ox + side <= s.ow:
-                                store(line, y, out, s.outputs)
-                            elif oy < s.oh:  # the last tile of a row overhangs
-                                store(line, corner, i * SIDE * LANES, LANES)
-                                for pixel in range(s.ow - ox):
-                                    source = (i * SIDE + pixel) * LANES
-                                    target = out + pixel * s.outputs
-                                    y[target : target + LANES] = corner[source : source + LANES]
+    def convolve(x, frame, u, b, y, v, m, out, n, s):
+        tiles = s.down * s.across
+        for first in range(0, n * tiles, s.block):
+            count = min(s.block, n * tiles - first)
+            for t in range(count):
+                image, place = divmod(first + t, tiles)
+                if place == 0:
+                    _enter(x, image, frame, s)
+                ty, tx = divmod(place, s.across)
+                at = (ty * s.frame_width + tx) * TILE * s.c
+                for c in range(0, s.c, lanes):
+                    transform(frame, at + c, s.frame_width * s.c, s.c, v, t * s.c + c, size * s.v_plane, s.v_plane,
+                              lanes, taps, INPUT)  # fmt: skip
+            for k in range(size * size):
+                for column in range(0, s.outputs, wide):
+                    for t in range(0, count, rows):  # what lies beyond the count is multiplied, and not read
+                        acc = zeros(rows, vectors, lanes)
+                        at, place = k * s.v_plane + t * s.c, k * s.u_plane + column * s.c
+                        for c in range(s.c):
+                            acc = multiply_add(acc, v, at + c, s.c, u, place + c * wide)
+                        store(acc, m, k * s.m_plane + t * s.outputs + column, s.outputs)
+            for t in range(count):
+                image, place = divmod(first + t, tiles)
+                ty, tx = divmod(place, s.across)
+                high, broad = min(TILE, s.oh - ty * TILE), min(TILE, s.ow - tx * TILE)
+                corner = ((image * s.oh + ty * TILE) * s.ow + tx * TILE) * s.outputs
+                for column in range(0, s.outputs, lanes):
+                    transform(m, t * s.outputs + column, size * s.m_plane, s.m_plane, out, 0, TILE * lanes, lanes,
+                              lanes, taps, OUTPUT)  # fmt: skip
+                    for i in range(high):
+                        for j in range(broad):
+                            to, at = corner + (i * s.ow + j) * s.outputs + column, (i * TILE + j) * lanes
+                            for lane in range(lanes):
+                                y[to + lane] = out[at + lane] + b[column + lane]
 
     return convolve
 
 
 @cache
-def _gradient(taps, vectors):
-    """Return the kernel total[point] += values(x)^T @ values(dy), chunk by chunk."""
-    values_of_row, multiply = _input_values(), _multiply_transposed(vectors)
-    spread, side = combination(_transposed(_matrices(taps)[2])), SIDE + 1 - taps
+def _gradient(taps, rows, vectors, lanes):
+    """Return the kernel of dW; u, its transform, begins as zeros."""
+    size, wide = taps + TILE - 1, vectors * lanes
 
     @jit
-    def add(x, frame, values, dy, products, corner, total, n, tiles, s):
-        for first in range(0, n * s.down, s.units):
-            units = min(s.units, n * s.down - first)
-            for unit in range(units):
-                image, row = divmod(first + unit, s.down)
-                if row == 0:
-                    _enter(x, image * s.rows * s.width, frame, s)
-                values_of_row(frame, row, corner, values, unit * s.across, tiles, s)
-                for tile in range(s.across):
-                    for c in range(0, s.outputs, LANES):
-                        oy, ox = row * side, tile * side
-                        at = (image * s.oh + oy) * s.out_width + ox * s.outputs + c
-                        whole = oy + side <= s.oh and ox + side <= s.ow
-                        if not whole:
-                            for k in range(side * SIDE * LANES):
-                                corner[k] = 0
-                            for i in range(min(side, s.oh - oy)):
-                                for j in range(min(side, s.ow - ox)):
-                                    source, target = at + i * s.out_width + j * s.outputs, (i * SIDE + j) * LANES
-                                    corner[target : target + LANES] = dy[source : source + LANES]
-                        for j in range(side):
-                            if whole:
-                                column = spread(load(side, 1, LANES, dy, at + j * s.outputs, s.out_width))
-                            else:
-                                column = spread(load(side, 1, LANES, corner, j * LANES, SIDE * LANES))
-                            store(column, corner, j * LANES, SIDE * LANES)
-                        place = (unit * s.across + tile) * s.outputs + c
-                        for i in range(SIDE):
-                            line = spread(load(side, 1, LANES, corner, i * SIDE * LANES, LANES))
-                            store(line, products, i * SIDE * tiles * s.outputs + place, tiles * s.outputs)
-            multiply(values, products, total, units * s.across, tiles, s.c, s.outputs)
+    def add(x, frame, dy, other, v, d, u, dw, out, n, accumulate, s):
+        tiles = s.down * s.across
+        for first in range(0, n * tiles, s.block):
+            count = min(s.block, n * tiles - first)
+            for t in range(count):
+                image, place = divmod(first + t, tiles)
+                if place == 0:
+                    _enter(x, image, frame, s)
+                    _enter_dy(dy, image, other, s)
+                ty, tx = divmod(place, s.across)
+                at = (ty * s.frame_width + tx) * TILE * s.c
+                for c in range(0, s.c, lanes):
+                    transform(frame, at + c, s.frame_width * s.c, s.c, v, t * s.c + c, size * s.v_plane, s.v_plane,
+                              lanes, taps, INPUT)  # fmt: skip
+                row = s.across * TILE * s.outputs
+                at = ty * TILE * row + tx * TILE * s.outputs
+                for column in range(0, s.outputs, lanes):
+                    transform(other, at + column, row, s.outputs, d, t * s.outputs + column, size * s.m_plane,
+                              s.m_plane, lanes, taps, DY)  # fmt: skip
+            for k in range(size * size):
+                for column in range(0, s.outputs, wide):
+                    for c in range(0, s.c, rows):
+                        place = k * s.u_plane + c * s.outputs + column
+                        acc = load(rows, vectors, lanes, u, place, s.outputs)
+                        for t in range(count):
+                            at, to = k * s.v_plane + t * s.c + c, k * s.m_plane + t * s.outputs + column
+                            acc = multiply_add(acc, v, at, 1, d, to)
+                        store(acc, u, place, s.outputs)
+        filters = s.c * s.outputs
+        for f in range(0, filters, lanes):
+            transform(u, f, size * s.u_plane, s.u_plane, out, 0, taps * lanes, lanes, lanes, taps, GRADIENT)
+            for k in range(taps * taps):
+                for lane in range(lanes):
+                    before = dw[k * filters + f + lane] if accumulate else np.float32(0)
+                    dw[k * filters + f + lane] = before + out[k * lanes + lane]
 
     return add
 
 
-@cache
-def _multiply(vectors):
-    """Return the kernel out[point] = a[point] @ b[point].
+@intrinsic(prefer_literal=True)
+def transform(_, x, at, down, across, y, to, to_down, to_across, lanes, taps, kind):
+    """y = M X M^T for M of a form, by lanes: X[i, j] is x[at + i*down + j*across :][:lanes], Y likewise in y."""
+    matrix = getattr(FORMS[taps.literal_value], KINDS[kind.literal_value])
+    vector, index = ir.VectorType(ir.FloatType(), lanes.literal_value), ir.IntType(64)
 
-    Up to ROWS - 1 rows more than asked for are computed, of whatever is there, for which there is room.
-    """
-    wide = vectors * LANES
+    def generate(context, builder, signature, arguments):
+        x_value, at, down, across, y_value, to, to_down, to_across, *_ = arguments
 
-    @jit
-    def multiply(a, b, out, rows, tiles, depth, width):
-        for point in range(SIDE * SIDE):
-            for column in range(0, width, wide):
-                for row in range(point * tiles, point * tiles + rows, ROWS):
-                    acc = zeros(ROWS, vectors, LANES)
-                    place = point * depth * width + column
-                    for k in range(depth):
-                        acc = multiply_add(acc, a, row * depth + k, depth, b, place + k * width)
-                    store(acc, out, row * width + column, width)
+        def place(kind, array, start, i, step, j, other):
+            """Return the pointer to place (i, j)."""
+            moved = builder.add(builder.mul(ir.Constant(index, i), step), builder.mul(ir.Constant(index, j), other))
+            data = context.make_array(kind)(context, builder, array).data
+            return builder.bitcast(builder.gep(data, [builder.add(start, moved)]), vector.as_pointer())
 
-    return multiply
+        columns, number = [], range(matrix.shape[1])
+        for j in number:
+            column = [builder.load(place(signature.args[0], x_value, at, i, down, j, across)) for i in number]
+            for value in column:
+                value.align = 4
+            columns.append(_apply(builder, vector, matrix, column))
+        for i, row in enumerate(zip(*columns, strict=True)):
+            for j, value in enumerate(_apply(builder, vector, matrix, list(row))):
+                builder.store(value, place(signature.args[4], y_value, to, i, to_down, j, to_across)).align = 4
+        return context.get_dummy_value()
+
+    sizes = [types.int64] * 3
+    return types.none(x, *sizes, y, *sizes, lanes, taps, kind), generate
 
 
-@cache
-def _multiply_transposed(vectors):
-    """Return the kernel out[point] += a[point]^T @ b[point]."""
-    wide = vectors * LANES
+def _apply(builder, vector, matrix, values):
+    """Return matrix @ values; points p and -p share the work: their rows or columns differ in signs only."""
+    matrix, values = matrix.copy(), list(values)
+    for a, b in _pairs(matrix.T):
+        same = matrix[:, a] == matrix[:, b]
+        total, difference = builder.fadd(values[a], values[b]), builder.fsub(values[a], values[b])
+        values[a], values[b] = total, difference
+        matrix[:, b] = np.where(same, 0, matrix[:, a])
+        matrix[:, a] = np.where(same, matrix[:, a], 0)
+    found = {}
+    for a, b in _pairs(matrix):
+        same = matrix[a] == matrix[b]
+        even, odd = (_sum(builder, vector, np.where(part, matrix[a], 0), values) for part in (same, ~same))
+        found[a], found[b] = builder.fadd(even, odd), builder.fsub(even, odd)
+    return [found[i] if i in found else _sum(builder, vector, row, values) for i, row in enumerate(matrix)]
 
-    @jit
-    def multiply(a, b, out, rows, tiles, depth, width):
-        for point in range(SIDE * SIDE):
-            for k in range(0, depth, ROWS):
-                for column in range(0, width, wide):
-                    acc = load(ROWS, vectors, LANES, out, (point * depth + k) * width + column, width)
-                    at, place = point * tiles * depth + k, point * tiles * width + column
-                    for row in range(rows):
-                        acc = multiply_add(acc, a, at + row * depth, 1, b, place + row * width)
-                    store(acc, out, (point * depth + k) * width + column, width)
 
-    return multiply
+def _pairs(rows):
+    """Return (a, b) of the rows that are alike but for some signs."""
+    found, taken = [], set()
+    for a, first in enumerate(rows):
+        for b in range(a + 1, len(rows)):
+            same, opposite = (first == rows[b]) & (first != 0), (first == -rows[b]) & (first != 0)
+            alike = np.array_equal(abs(first), abs(rows[b])) and same.any() and opposite.any()
+            if alike and not taken & {a, b}:
+                found.append((a, b))
+                taken |= {a, b}
+    return found
+
+
+def _sum(builder, vector, factors, values):
+    """Return the sum of factors x values."""
+    kind = ir.FunctionType(vector, [vector] * 3)
+    fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{vector.count}f32")
+    total = None
+    for j in sorted(np.flatnonzero(factors), key=lambda j: factors[j] != 1):  # a factor of 1 first: it is free
+        factor, value = float(factors[j]), values[j]
+        constant = ir.Constant(vector, [ir.Constant(vector.element, factor)] * vector.count)
+        if total is None:
+            total = value if factor == 1 else builder.fmul(value, constant)
+        elif abs(factor) == 1:
+            total = builder.fadd(total, value) if factor > 0 else builder.fsub(total, value)
+        else:
+            total = builder.call(fma, [value, constant, total])
+    return total

@@ -110,39 +110,6 @@ def multiply_add(_, tile, a, at, step, b, place):
     return tile(tile, a, types.int64, types.int64, b, types.int64), generate
 
 
-def combination(matrix):
-    """Return a function of a tile: row i of what it returns is the sum over j of matrix[i][j] * row j."""
-
-    @intrinsic(prefer_literal=True)
-    def combine(_, tile):
-        result_type = Tile(len(matrix), tile.vectors, tile.lanes)
-
-        def generate(context, builder, signature, arguments):
-            result = ir.Constant(context.get_value_type(result_type), ir.Undefined)
-            for number, i, lane in result_type.places:
-                column = lane // tile.lanes
-                rows = [builder.extract_value(arguments[0], j * tile.vectors + column) for j in range(tile.rows)]
-                total = _weighted_sum(builder, tile, matrix[i], rows)
-                result = builder.insert_value(result, total, number)
-            return result
-
-        return result_type(tile), generate
-
-    return combine
-
-
-def _weighted_sum(builder, tile, weights, registers):
-    """Return the sum of registers times constants, in order; a product and its sum are rounded once."""
-    total, fma = None, _fma(builder, tile)
-    for weight, register in zip(weights, registers, strict=True):
-        factor = ir.Constant(tile.vector, [float(weight)] * tile.lanes)
-        if weight and total is None:
-            total = register if weight == 1 else builder.fmul(register, factor)
-        elif weight:
-            total = builder.fadd(total, register) if weight == 1 else builder.call(fma, [register, factor, total])
-    return total
-
-
 def _fma(builder, tile):
     kind = ir.FunctionType(tile.vector, [tile.vector] * 3)
     return cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{tile.lanes}f32")
