@@ -35,11 +35,14 @@ setup(
         # CuPy brings neither: without a CUDA toolkit these wheels do
         "cuda12": ["cupy-cuda12x>=14", "nvidia-cublas-cu12", "nvidia-cuda-nvrtc-cu12"],
         "cuda13": ["cupy-cuda13x>=14", "nvidia-cublas>=13,<14", "nvidia-cuda-nvrtc>=13,<14"],
+        # the NumPy backend's convolutions and passes over memory, compiled; 0.61 is the first for NumPy 2.1
+        "numba": ["numba>=0.61"],
         # setuptools: the tests build the wheel that they check
         "test": [
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "numba>=0.61",
             "nvidia-cuda-nvrtc>=13,<14",
             "setuptools>=77",
             "scipy>=1.11",  # interpolation and distributions, held against ours

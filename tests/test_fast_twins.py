@@ -1,8 +1,9 @@
-"""Fast twins against their definitions: every case, sizes of several blocks and tails, a replay after a replay."""
+"""Fast twins and numba's against their definitions: every case, sizes of several blocks and tails, a replay again."""
 
 import importlib
 import inspect
 import tracemalloc
+from importlib.util import find_spec
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import gpunet.backends.numpy
+from gpunet.backends.numpy import dropconnect
 from gpunet.backends.numpy.scratch import ALIGN, BLOCK, ColumnSums, RepeatedRow, Scratch
 from gpunet.backends.numpy.transforms import transforms_draw
 from gpunet.core.augmentation import COLOR, GEOMETRY, Augmentation
@@ -19,20 +21,39 @@ from gpunet.testing.cases import CASES, SIZES, blank, positive, random, state
 from gpunet.testing.tolerance import assert_close
 
 FOLDER = Path(gpunet.backends.numpy.__file__).parent
-FAST = {
-    name: function
-    for path in sorted(FOLDER.glob("fast_*.py"))
-    for name, function in vars(importlib.import_module(f"gpunet.backends.numpy.{path.stem}")).items()
-    if inspect.isfunction(function) and name[0] != "_" and function.__module__.endswith(f".{path.stem}")
-}
+NUMBA = find_spec("numba") is not None
+
+
+def twins(kind):
+    """Return {name, or numba:name: function} of the modules `kind`_*.py that stand beside a definition's."""
+    found, mark = {}, "" if kind == "fast" else f"{kind}:"
+    for path in sorted(FOLDER.glob(f"{kind}_*.py")):
+        if (FOLDER / path.name.removeprefix(f"{kind}_")).exists():
+            for name, function in vars(importlib.import_module(f"gpunet.backends.numpy.{path.stem}")).items():
+                own = inspect.isfunction(function) and function.__module__.endswith(f".{path.stem}")
+                if own and name[0] != "_":
+                    found[mark + name] = function
+    return found
+
+
+FAST = twins("fast") | (twins("numba") if NUMBA else {})
 LARGE = {}
-COPIES = ("adam_update", "batch_warp", "concat_forward", "concat_backward", "gradient_norm", "penalty_sum",
-          "sgd_update", "unfold")  # fmt: skip
+COPIES = ("adam_update", "batch_warp", "batchnorm_combine", "concat_forward", "concat_backward", "dropconnect_gradient",
+          "gradient_norm", "penalty_sum", "sgd_update", "sum_parts", "unfold")  # fmt: skip
+
+
+def kernel_of(name):
+    return name.rpartition(":")[2]
+
+
+def kinds(kernel):
+    """Return the names of a kernel's twins."""
+    return [name for name in FAST if kernel_of(name) == kernel]
 
 
 def definition(name):
-    stem = FAST[name].__module__.rsplit(".", 1)[1].removeprefix("fast_")
-    return getattr(importlib.import_module(f"gpunet.backends.numpy.{stem}"), name)
+    stem = FAST[name].__module__.rsplit(".", 1)[1].partition("_")[2]
+    return getattr(importlib.import_module(f"gpunet.backends.numpy.{stem}"), kernel_of(name))
 
 
 def aligned(value):
@@ -80,7 +101,7 @@ def large(*names):
 @pytest.mark.parametrize("name", sorted(FAST))
 def test_every_case(name, dtype):
     for size in range(SIZES):
-        arguments = CASES[name](np.random.default_rng(size), size, np.dtype(dtype), np.dtype(dtype))
+        arguments = CASES[kernel_of(name)](np.random.default_rng(size), size, np.dtype(dtype), np.dtype(dtype))
         flat = {k: v.reshape(-1) if isinstance(v, np.ndarray) and v.shape else v for k, v in arguments.items()}
         hold(name, arguments)
         hold(name, flat)
@@ -89,14 +110,14 @@ def test_every_case(name, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", sorted(FAST))
 def test_several_blocks_and_a_tail(name, dtype):
-    function, kernel = LARGE[name]
+    function, kernel = LARGE[kernel_of(name)]
     covered = [hold(name, a) for a in function(np.random.default_rng(1), np.dtype(dtype), kernel)]
     assert all(covered) or (name.startswith("gelu") and dtype == "float64")
 
 
 @pytest.mark.parametrize("name", sorted(FAST))
 def test_a_replay_allocates_no_block(name):
-    function, kernel = LARGE[name]
+    function, kernel = LARGE[kernel_of(name)]
     for arguments in function(np.random.default_rng(1), np.dtype("float32"), kernel):
         call, _, _ = bound(name, arguments)
         call()
@@ -111,8 +132,8 @@ def test_a_replay_allocates_no_block(name):
 @pytest.mark.parametrize("name", sorted(FAST))
 def test_other_types_are_left_to_the_definition(name, real):
     """Unless the work is a copy, whatever the type, or has no storage type in it."""
-    arguments = CASES[name](np.random.default_rng(0), 5, real, np.dtype("float32"))
-    assert not hold(name, arguments) or name in COPIES
+    arguments = CASES[kernel_of(name)](np.random.default_rng(0), 5, real, np.dtype("float32"))
+    assert not hold(name, arguments) or kernel_of(name) in COPIES
 
 
 def test_parameters_are_the_definitions():
@@ -123,7 +144,17 @@ def test_parameters_are_the_definitions():
 
 
 def test_every_fast_twin_has_large_arguments():
-    assert LARGE.keys() == FAST.keys()
+    kernels = {kernel_of(name) for name in FAST}
+    assert kernels == LARGE.keys() if NUMBA else kernels < LARGE.keys()
+
+
+@pytest.mark.skipif(not NUMBA, reason="numba is not installed: nothing holds its twins to their definitions here")
+def test_numba_has_twins_of_what_a_step_spends_its_time_on():
+    """Convolution is an engine's."""
+    usual = {"batchnorm_moments", "batchnorm_relu_forward", "batchnorm_add_relu_forward", "batchnorm_relu_backward",
+             "batchnorm_relu_backward_sums", "relu_backward", "maxpool_forward", "maxpool_backward", "sgd_update",
+             "gradient_norm"}  # fmt: skip
+    assert usual <= {kernel_of(name) for name in FAST if name.startswith("numba:")}
 
 
 # Convolution: images, groups, and a window that hangs over every edge
@@ -162,6 +193,23 @@ def _activation_backward(rng, dtype, name):
 @large("gelu_backward", "silu_backward")
 def _activation_backward_from_x(rng, dtype, name):
     yield {"dy": random(rng, N, dtype), "x": random(rng, N, dtype, 3), "dx": blank(N, dtype), "n": N}
+
+
+@large("elu_backward", "hardswish_backward")
+def _kinks_backward(rng, dtype, name):
+    given = {"y": random(rng, N, dtype)} if name == "elu_backward" else {"x": random(rng, N, dtype, 3)}
+    alpha = {"alpha": 0.7} if name == "elu_backward" else {}
+    yield {"dy": random(rng, N, dtype), **given, "dx": blank(N, dtype), **alpha, "n": N}
+
+
+@large("hardswish_forward")
+def _hardswish(rng, dtype, name):
+    yield {"x": random(rng, N, dtype, 3), "y": blank(N, dtype), "n": N}
+
+
+@large("scale_forward")
+def _scale(rng, dtype, name):
+    yield {"x": random(rng, N, dtype), "y": blank(N, dtype), "factor": 1 / 7, "n": N}
 
 
 @large("leaky_relu_forward")
@@ -205,7 +253,24 @@ def _column_sum(rng, dtype, name):
             yield {"x": x, "sums": blank((parts, c), dtype), "rows": rows, "c": c, "parts": parts}
 
 
+@large("sum_parts")
+def _sum_parts(rng, dtype, name):
+    for parts, n in ((1, 3001), (5, 700)):
+        for accumulate in (0, 1):
+            y = random(rng, n, dtype) if accumulate else blank(n, dtype)
+            x = random(rng, (parts, n), dtype)
+            yield {"x": x, "y": y, "accumulate": accumulate, "parts": parts, "n": n}
+
+
 # Batch normalisation
+
+
+@large("batchnorm_combine")
+def _combine(rng, dtype, name):
+    for parts, c in ((1, 64), (7, 33)):
+        moments = positive(rng, (parts, 3, c), dtype)
+        moments[:, 0] = rng.integers(0, 100, (parts, 1))
+        yield {"moments": moments, "total": blank((3, c), dtype), "parts": parts, "c": c}
 
 
 @large("batchnorm_moments")
@@ -216,22 +281,28 @@ def _moments(rng, dtype, name):
             yield {"x": x, "moments": blank((parts, 3, c), dtype), "rows": rows, "c": c, "parts": parts}
 
 
-@large("batchnorm_forward")
+@large("batchnorm_forward", "batchnorm_relu_forward", "batchnorm_add_relu_forward")
 def _normalise(rng, dtype, name):
     for rows, c in MATRICES:
+        residual = {"residual": random(rng, (rows, c), dtype)} if "add" in name else {}
         yield {
             "x": random(rng, (rows, c), dtype),
             "mean": random(rng, c, dtype),
             "inverse": positive(rng, c, dtype),
             "gamma": positive(rng, c, dtype),
             "beta": random(rng, c, dtype),
+            **residual,
             "y": blank((rows, c), dtype),
             "rows": rows,
             "c": c,
         }
 
 
-@large("batchnorm_backward_sums")
+def _affine(rng, c, dtype):
+    return {"gamma": positive(rng, c, dtype), "beta": random(rng, c, dtype)}
+
+
+@large("batchnorm_backward_sums", "batchnorm_relu_backward_sums")
 def _backward_sums(rng, dtype, name):
     for rows, c in MATRICES:
         for parts in (1, 3):
@@ -240,6 +311,7 @@ def _backward_sums(rng, dtype, name):
                 "x": random(rng, (rows, c), dtype),
                 "mean": random(rng, c, dtype),
                 "inverse": positive(rng, c, dtype),
+                **(_affine(rng, c, dtype) if "relu" in name else {}),
                 "sums": blank((parts, 2, c), dtype),
                 "rows": rows,
                 "c": c,
@@ -247,7 +319,7 @@ def _backward_sums(rng, dtype, name):
             }
 
 
-@large("batchnorm_backward")
+@large("batchnorm_backward", "batchnorm_relu_backward")
 def _backward(rng, dtype, name):
     for rows, c in MATRICES:
         yield {
@@ -256,6 +328,7 @@ def _backward(rng, dtype, name):
             "mean": random(rng, c, dtype),
             "inverse": positive(rng, c, dtype),
             "gamma": positive(rng, c, dtype),
+            **({"beta": random(rng, c, dtype)} if "relu" in name else {}),
             "sums": random(rng, (2, c), dtype, 100),
             "dx": blank((rows, c), dtype),
             "total": 2 * rows,
@@ -264,24 +337,26 @@ def _backward(rng, dtype, name):
         }
 
 
+@pytest.mark.parametrize("name", kinds("batchnorm_moments"))
 @pytest.mark.parametrize("mean", [0, 30, 1000])
-def test_moments_of_a_large_mean_do_not_cancel(mean):
+def test_moments_of_a_large_mean_do_not_cancel(mean, name):
     """float32 knows x to 1e-7 of itself: so good is the variance of what is stored."""
     x = (np.random.default_rng(0).normal(mean, 1, (40000, 16))).astype(np.float32)
     moments = np.empty((1, 3, 16), np.float32)
-    call, copies, _ = bound("batchnorm_moments", {"x": x, "moments": moments, "rows": 40000, "c": 16, "parts": 1})
+    call, copies, _ = bound(name, {"x": x, "moments": moments, "rows": 40000, "c": 16, "parts": 1})
     call()
     exact = x.astype(np.float64)
     np.testing.assert_allclose(copies["moments"][0, 1], exact.mean(0), rtol=2e-7, atol=1e-7)
     np.testing.assert_allclose(copies["moments"][0, 2], exact.var(0) * 40000, rtol=2e-6)
 
 
-def test_moments_where_the_first_block_is_unlike_the_rest():
+@pytest.mark.parametrize("name", kinds("batchnorm_moments"))
+def test_moments_where_the_first_block_is_unlike_the_rest(name):
     """The worst for moments about a pilot: it lies far from the mean."""
     x = np.random.default_rng(0).normal(0, 1, (80000, 16)).astype(np.float32)
     x[:2048] += 100
     arguments = {"x": x, "moments": np.empty((1, 3, 16), np.float32), "rows": 80000, "c": 16, "parts": 1}
-    call, copies, _ = bound("batchnorm_moments", arguments)
+    call, copies, _ = bound(name, arguments)
     call()
     exact = x.astype(np.float64)
     np.testing.assert_allclose(copies["moments"][0, 2], exact.var(0) * 80000, rtol=2e-5)
@@ -366,7 +441,21 @@ def _lrn(rng, dtype, name):
             yield {**arrays, "dx": blank(shape, dtype), **given, **sizes, "size": size}
 
 
-# Dropout, optimizer
+# Dropout, DropConnect, optimizer
+
+
+@large("dropconnect_weights", "dropconnect_gradient", "dropconnect_forward", "dropconnect_backward_input",
+       "dropconnect_backward_weight")  # fmt: skip
+def _dropconnect(rng, dtype, name):
+    for n, inputs, outputs in ((5, 70, 40), (3, 33, 64), (4, 20, 1)):
+        shapes = {"w": (inputs, outputs), "x": (n, inputs), "dy": (n, outputs), "d": (inputs, outputs)}
+        shapes |= {"masked": shapes["w"], "dw": shapes["w"], "y": shapes["dy"], "dx": shapes["x"]}
+        arguments = {"state": state(batch=12345), "seed": 2**63 + 5, "site": 2**32 - 1, "threshold": 20000}
+        arguments |= {"first": 99, "accumulate": 0, "n": n, "inputs": inputs, "outputs": outputs}
+        function = getattr(dropconnect, name)
+        for key, shape in shapes.items():
+            arguments[key] = blank(shape, dtype) if key in ("masked", "dw", "y", "dx") else random(rng, shape, dtype)
+        yield {key: arguments[key] for key in inspect.signature(function).parameters}
 
 
 @large("dropout_apply")
@@ -456,9 +545,10 @@ def _adam(rng, dtype, name):
         }
 
 
-def test_an_update_reads_the_table_and_the_schedule_at_each_replay():
+@pytest.mark.parametrize("name", kinds("sgd_update"))
+def test_an_update_reads_the_table_and_the_schedule_at_each_replay(name):
     (arguments, *_) = _sgd(np.random.default_rng(0), np.dtype("float32"), "sgd_update")
-    call, quick, _ = bound("sgd_update", arguments)
+    call, quick, _ = bound(name, arguments)
     slow = {k: aligned(v) for k, v in arguments.items()}
     call()
     definition("sgd_update")(**slow)
@@ -619,11 +709,12 @@ def test_wide_rows_fit_or_are_left_to_the_definition(dtype, c):
         "avgpool_backward": (line, x, 1, 3, 1, c, 1, 1, 3, 1, 1, 1, 0, 0, 1),
         "global_average_backward": (line, x, 1, 3, c),
     }.items():
-        scratch.reset()
-        call = FAST[name](*arguments, scratch=scratch)
-        assert call or (c, dtype) != (4096, np.float32) or name == "column_sum"  # too small to gain
-        if call:
-            call()
+        for twin in kinds(name):
+            scratch.reset()
+            call = FAST[twin](*arguments, scratch=scratch)
+            assert call or (c, dtype) != (4096, np.float32) or twin == "column_sum"  # too small to gain
+            if call:
+                call()
 
 
 def test_a_repeated_row_is_whole_rows():

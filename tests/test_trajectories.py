@@ -133,13 +133,14 @@ def test_three_steps_in_single_and_half(dtype, replicas):
 
 
 def test_a_residual_network_in_double():
-    """The ends of its blocks are one layer here and three for NumPy alone."""
+    """The ends of its blocks are one layer here and three for NumPy without numba."""
     graph = resnet(SHAPE, CLASSES, depth=8, widths=(4, 6, 8))
     with closing(step_of(Backend(), graph)) as step:
         assert sum(isinstance(node.layer, BatchNormAddReLU) for node in step.graph.nodes) == 3
-    plain = NumPy(numba=False)
-    assert not plain.fuses
-    assert_agree(trained(Backend(), 5, graph), trained(plain, 5, graph))
+    assert not NumPy(numba=False).fuses
+    expected = trained(NumPy(numba=False), 5, graph)
+    assert_agree(trained(Backend(), 5, graph), expected)
+    assert_agree(trained(NumPy(), 5, graph), expected)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -1,7 +1,7 @@
 """The NumPy backend: every kernel is a Python function of the same name in the module of its stem.
 
-Where `fast_<stem>.py` has the function too, that one is bound: it is called once with the real arrays and returns
-the call to replay, or None for a case that it leaves to the definition.
+Where `numba_<stem>.py` (with the extra `numba`) or `fast_<stem>.py` has the function too, the first of them is asked:
+it is called once with the real arrays and returns the call to replay, or None for a case that it leaves to the next.
 """
 
 import os
@@ -33,8 +33,8 @@ class Backend:
 
     @property
     def fuses(self):
-        """Whether chains run as one layer: NumPy alone gains nothing by it."""
-        return self.numba
+        """Whether layers are fused: with numba, for NumPy would make no fewer passes over memory."""
+        return self.fast and self.numba
 
     @cached_property
     def versions(self):
@@ -119,12 +119,11 @@ class Backend:
         return Scratch(self.workspace_bytes)
 
     def bind_launch(self, kernel, arguments, workspace):
-        """Bind the fast twin where there is one that covers the case, else the definition."""
+        """Bind the twin that numba compiles or the fast one, the first that covers the case, else the definition."""
         if kernel.definition is not None:
             return partial(kernel.definition, *arguments)
-        if self.fast:
-            module = f"gpunet.backends.numpy.fast_{kernel.stem}"
-            twin = getattr(import_module(module), kernel.name, None) if find_spec(module) else None
+        for kind in ("numba", "fast"):
+            twin = self._twin(kind, kernel)
             if twin is not None:
                 workspace.reset()
                 call = twin(*arguments, scratch=workspace)
@@ -136,6 +135,13 @@ class Backend:
                 f"{kernel.path}: kernel {kernel.name} has no twin in gpunet/backends/numpy/{kernel.stem}.py"
             )
         return partial(twin, *arguments)
+
+    def _twin(self, kind, kernel):
+        """Return the kernel's function in module <kind>_<stem>, or None where there is none or it is not wanted."""
+        module = f"gpunet.backends.numpy.{kind}_{kernel.stem}"
+        if not self.fast or (kind == "numba" and not self.numba) or not find_spec(module):
+            return None
+        return getattr(import_module(module), kernel.name, None)
 
     def bind_matmul(self, a, b, out, accumulate, compute, workspace):
         """Multiply straight into `out`; an accumulating one goes by row blocks through scratch.
