@@ -302,6 +302,7 @@ def profile(
 def tune(
     config: Recipe,
     overrides: Overrides = None,
+    data: Folder = None,
     backend: Backend = None,
     write: Annotated[bool, typer.Option("--write", help="Use the fastest ones on this machine from now on.")] = False,
     ops: Ops = None,
@@ -309,7 +310,7 @@ def tune(
     """Time every engine on every convolution of a recipe's network, all its passes together; on NumPy."""
     from gpunet.train.tune import tune as measured
 
-    found = measured(_load(config, overrides, None, backend))
+    found = measured(_load(config, overrides, data, backend))
     print(found)
     if write:
         print(f"\n{found.save()}")

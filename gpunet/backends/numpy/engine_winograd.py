@@ -22,7 +22,7 @@ BLOCK = 1 << 12  # channels x tiles of a block, which then lies in the second-le
 ROWS = 64  # tiles of a block at least: the rows of each GEMM
 PLANES = 5 << 20  # bytes of a block: the rest of the scratch is for the two below
 PRODUCT = 1 << 20  # bytes of partial gradients at least: one plane
-PIECE = 1 << 12  # weights that are transformed at a time
+PIECE = 1 << 11  # weights that are transformed at a time
 
 
 class Form:
@@ -75,7 +75,9 @@ def covers(g, itemsize=4):
     square = g.kh == g.kw and g.kh in FORMS and g.pad_y < g.kh and g.pad_x < g.kw
     if not square or not g.groups == g.stride_y == g.stride_x == g.dilation_y == g.dilation_x == 1:
         return False
-    return min(_most(v, itemsize) for v in (g, turned_geometry(g))) >= 1 and 2 * g.c * g.outputs * itemsize <= PLANES
+    if g.c * g.outputs * itemsize > PLANES // 4:  # one plane of a partial gradient
+        return False
+    return min(_most(v, itemsize) for v in (g, turned_geometry(g))) >= 1
 
 
 def turned_geometry(g):

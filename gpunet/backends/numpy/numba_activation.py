@@ -1,6 +1,7 @@
 """Activations without exp compiled by numba: one pass, lines of 512 elements.
 
-FIGURES
+Figures are ns an element at 50 images of 32x32x16, 32x32x64, 16x16x32 in float32: fast twin (elu, hardswish: the
+definition) -> this; numba 0.68 and NumPy 2.4, one thread of an AMD EPYC (Zen 4) that others used too, the best of 21.
 """
 
 from functools import partial
@@ -11,47 +12,47 @@ from gpunet.backends.numpy.scratch import LINE, plain
 
 
 def relu_forward(x, y, n, *, scratch):
-    """y = x unless x <= 0: a NaN is not."""
+    """y = x unless x <= 0, which a NaN is not: 0.15 0.34 0.16 -> 0.11 0.23 0.11."""
     return _bind(_relu_forward, scratch, x, y)
 
 
 def relu_backward(dy, y, dx, n, *, scratch):
-    """dx = dy where y > 0, else 0."""
+    """dx = dy where y > 0, else 0: 0.35 0.67 0.34 -> 0.15 0.40 0.15."""
     return _bind(_relu_backward, scratch, dy, y, dx)
 
 
 def leaky_relu_forward(x, y, slope, n, *, scratch):
-    """y = x where x > 0, else slope * x."""
+    """y = x where x > 0, else slope * x: 0.33 0.54 0.25 -> 0.15 0.21 0.11."""
     return _bind(_leaky_relu_forward, scratch, x, y, parameter=slope)
 
 
 def leaky_relu_backward(dy, y, dx, slope, n, *, scratch):
-    """dx = dy where y > 0, else slope * dy."""
+    """dx = dy where y > 0, else slope * dy: 0.44 0.76 0.44 -> 0.16 0.39 0.16."""
     return _bind(_leaky_relu_backward, scratch, dy, y, dx, parameter=slope)
 
 
 def sigmoid_backward(dy, y, dx, n, *, scratch):
-    """dx = dy * y * (1 - y)."""
+    """dx = dy * y * (1 - y): 0.36 0.78 0.36 -> 0.16 0.57 0.16."""
     return _bind(_sigmoid_backward, scratch, dy, y, dx, parameter=1)
 
 
 def tanh_backward(dy, y, dx, n, *, scratch):
-    """dx = dy * (1 - y*y)."""
+    """dx = dy * (1 - y*y): 0.34 0.67 0.31 -> 0.17 0.38 0.15."""
     return _bind(_tanh_backward, scratch, dy, y, dx, parameter=1)
 
 
 def elu_backward(dy, y, dx, alpha, n, *, scratch):
-    """dx = dy where y > 0, else dy * (y + alpha)."""
+    """dx = dy where y > 0, else dy * (y + alpha): 4.4 4.6 4.9 -> 0.30 0.38 0.25."""
     return _bind(_elu_backward, scratch, dy, y, dx, parameter=alpha)
 
 
 def hardswish_forward(x, y, n, *, scratch):
-    """y = x * min(max(x + 3, 0), 6) / 6."""
+    """y = x * min(max(x + 3, 0), 6) / 6: 1.7 2.7 1.7 -> 0.14 0.32 0.12."""
     return _bind(_hardswish_forward, scratch, x, y)
 
 
 def hardswish_backward(dy, x, dx, n, *, scratch):
-    """dx = 0 up to x = -3, dy from x = 3 on, dy * (2 * x + 3) / 6 between."""
+    """dx = 0 up to x = -3, dy from x = 3 on, dy * (2 * x + 3) / 6 between: 1.9 2.9 1.8 -> 0.20 0.40 0.15."""
     return _bind(_hardswish_backward, scratch, dy, x, dx)
 
 

@@ -1,6 +1,10 @@
 """Batch normalisation compiled by numba: each kernel reads its inputs once and writes its output once.
 
-FIGURES
+Figures are ns an element at 50 images of 32x32x16, 32x32x64, 16x16x32 in float32: fast twin (the fused ones: the
+definition) -> this; numba 0.68 and NumPy 2.4, one thread (BLAS's too) of an AMD EPYC (Zen 4) that others used,
+the best of 21. What is measured beside a definition finds the cache swept by its arrays, as in a step.
+Lost: rows of one array for lines (scalar code), results straight into an output that is an input (the same), one line
+at a time for sums (+50 %).
 """
 
 from functools import cache, partial
@@ -13,7 +17,7 @@ from gpunet.backends.numpy.scratch import plain
 
 
 def batchnorm_moments(x, moments, rows, c, parts, *, scratch):
-    """Moments about a pilot, the mean so far, block by block.
+    """Moments about a pilot, the mean so far, block by block: 0.35 0.39 0.39 -> 0.08 0.10 0.07.
 
     With t = x - pilot in a block of n rows after N, e = mean - pilot (a rounding) and s = N*e + sum(t):
     M2 += N*e^2 + sum(t^2) - s^2/(N + n), mean = pilot + s/(N + n). From the second block on s^2/(N + n) is at most half
@@ -25,44 +29,47 @@ def batchnorm_moments(x, moments, rows, c, parts, *, scratch):
 
 
 def batchnorm_combine(moments, total, parts, c, *, scratch):
-    """The definition's formula, channel by channel."""
+    """The definition's formula, channel by channel; 64 channels: 7.9 -> 1.0 us a call."""
     if not plain(moments, total):
         return None
     return partial(_combine, moments.reshape(-1), total.reshape(-1), parts, c)
 
 
 def batchnorm_forward(x, mean, inverse, gamma, beta, y, rows, c, *, scratch):
-    """y = (x - mean) * a + beta, a = gamma * inverse."""
+    """y = (x - mean) * a + beta, a = gamma * inverse: 0.24 0.35 0.25 -> 0.14 0.20 0.14."""
     return _affine(False, False, x, mean, inverse, gamma, beta, x, y, c, scratch)
 
 
 def batchnorm_relu_forward(x, mean, inverse, gamma, beta, y, rows, c, *, scratch):
-    """y = max((x - mean) * a + beta, 0)."""
+    """y = max((x - mean) * a + beta, 0): 2.2 2.0 1.6 -> 0.20 0.32 0.15."""
     return _affine(False, True, x, mean, inverse, gamma, beta, x, y, c, scratch)
 
 
 def batchnorm_add_relu_forward(x, mean, inverse, gamma, beta, residual, y, rows, c, *, scratch):
-    """y = max((x - mean) * a + beta + residual, 0)."""
+    """y = max((x - mean) * a + beta + residual, 0): 2.4 2.3 1.7 -> 0.20 0.36 0.18."""
     return _affine(True, True, x, mean, inverse, gamma, beta, residual, y, c, scratch)
 
 
 def batchnorm_backward_sums(dy, x, mean, inverse, sums, rows, c, parts, *, scratch):
-    """Sums of dy and of dy * (x - mean), the latter times inverse at the end."""
+    """Sums of dy and of dy * (x - mean), the latter times inverse at the end: 0.37 0.76 0.39 -> 0.12 0.39 0.13."""
     return _sums(False, dy, x, mean, inverse, inverse, inverse, sums, rows, c, parts, scratch)
 
 
 def batchnorm_relu_backward_sums(dy, x, mean, inverse, gamma, beta, sums, rows, c, parts, *, scratch):
-    """The same of dy where (x - mean) * a + beta > 0."""
+    """The same of dy where (x - mean) * a + beta > 0: 9.2 8.0 7.0 -> 0.55 0.46 0.40."""
     return _sums(True, dy, x, mean, inverse, gamma, beta, sums, rows, c, parts, scratch)
 
 
 def batchnorm_backward(dy, x, mean, inverse, gamma, sums, dx, total, rows, c, *, scratch):
-    """dx = a * dy + b * (x - mean) + s, b = -a * inverse * sums[1]/total, s = -a * sums[0]/total."""
+    """dx = a * dy + b * (x - mean) + s: 0.56 0.97 0.58 -> 0.19 0.36 0.20.
+
+    b = -a * inverse * sums[1]/total, s = -a * sums[0]/total.
+    """
     return _gradient(False, dy, x, mean, inverse, gamma, gamma, sums, dx, total, c, scratch)
 
 
 def batchnorm_relu_backward(dy, x, mean, inverse, gamma, beta, sums, dx, total, rows, c, *, scratch):
-    """The same of dy where (x - mean) * a + beta > 0."""
+    """The same of dy where (x - mean) * a + beta > 0: 8.6 8.2 7.6 -> 0.49 0.53 0.37."""
     return _gradient(True, dy, x, mean, inverse, gamma, beta, sums, dx, total, c, scratch)
 
 

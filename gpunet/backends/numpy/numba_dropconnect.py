@@ -1,6 +1,7 @@
 """DropConnect compiled by numba: a row of a mask is drawn and used at once, never a whole mask.
 
-FIGURES
+Figures are ns a weight (and example) at 50 examples of 256 to 128, 20 of 1024 to 64 in float32: definition -> this;
+numba 0.68 and NumPy 2.4, one thread of an AMD EPYC (Zen 4) that others used too, the best of 21.
 """
 
 import numpy as np
@@ -12,29 +13,29 @@ from gpunet.core.random import LANES
 
 
 def dropconnect_weights(w, masked, state, seed, site, threshold, inputs, outputs, *, scratch):
-    """masked = W where example 0 keeps it, else 0."""
+    """masked = W where example 0 keeps it, else 0: 2.3 4.2 -> 0.88 0.90."""
     return _bind(_weights, (w, masked), (), state, seed, site, threshold, outputs, scratch)
 
 
 def dropconnect_gradient(d, dw, state, seed, site, threshold, accumulate, inputs, outputs, *, scratch):
-    """dW (+)= d where example 0 keeps it, else 0."""
+    """dW (+)= d where example 0 keeps it, else 0: 2.3 4.3 -> 0.89 0.90."""
     return _bind(_gradient, (d, dw), (accumulate,), state, seed, site, threshold, outputs, scratch)
 
 
 def dropconnect_forward(x, w, y, state, seed, site, threshold, first, n, inputs, outputs, *, scratch):
-    """y[e] += x[e, i] * (row i of W where the example keeps it, else 0), input by input."""
+    """y[e] += x[e, i] * (row i of W where the example keeps it, else 0), input by input: 5.0 4.8 -> 0.79 0.81."""
     return _bind(_forward, (x, w, y), (first, n, inputs), state, seed, site, threshold, outputs, scratch)
 
 
 def dropconnect_backward_input(dy, w, dx, state, seed, site, threshold, first, n, inputs, outputs, *, scratch):
-    """dx[e, i] = (row i of W where the example keeps it, else 0) @ dy[e]."""
+    """dx[e, i] = (row i of W where the example keeps it, else 0) @ dy[e]: 5.0 5.9 -> 0.77 0.84."""
     return _bind(_backward_input, (dy, w, dx), (first, n, inputs), state, seed, site, threshold, outputs, scratch)
 
 
 def dropconnect_backward_weight(
     x, dy, dw, state, seed, site, threshold, first, accumulate, n, inputs, outputs, *, scratch
 ):
-    """Row i of dW += kept * x[e, i] * dy[e], example by example."""
+    """Row i of dW += kept * x[e, i] * dy[e], example by example: 2.2 2.1 -> 0.78 0.83."""
     sizes = first, accumulate, n, inputs
     return _bind(_backward_weight, (x, dy, dw), sizes, state, seed, site, threshold, outputs, scratch)
 

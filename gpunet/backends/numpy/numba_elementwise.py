@@ -2,7 +2,8 @@
 
 An addition is left to NumPy, which is as fast.
 
-FIGURES
+Figures are ns an element at 50 images of 32x32x16, 32x32x64, 16x16x32 in float32: fast twin (scale: the definition)
+-> this; numba 0.68 and NumPy 2.4, one thread of an AMD EPYC (Zen 4) that others used too, the best of 21.
 """
 
 from functools import partial
@@ -15,21 +16,21 @@ from gpunet.backends.numpy.scratch import LINE, plain
 
 
 def scale_forward(x, y, factor, n, *, scratch):
-    """y = factor * x."""
+    """y = factor * x: 0.18 0.45 0.18 -> 0.10 0.31 0.10."""
     if not plain(x, y):
         return None
     return partial(_scale, x.reshape(-1), y.reshape(-1), scratch((LINE,), y.dtype), x.dtype.type(factor))
 
 
 def bias_forward(b, y, rows, c, *, scratch):
-    """y += b for every row."""
+    """y += b for every row: 0.11 0.14 0.16 -> 0.07 0.07 0.09."""
     if not plain(y, b) or length(c) * y.itemsize > scratch.nbytes // 2:
         return None
     return partial(_bias, b.reshape(-1), y.reshape(-1), scratch((length(c),), y.dtype))
 
 
 def column_sum(x, sums, rows, c, parts, *, scratch):
-    """sums[p] = sum of the rows of part p, lines in the arrays' type and those sums in double."""
+    """sums[p] = sum of the rows of part p, summed by lines, then in double: 0.08 0.08 0.08 -> 0.06 0.07 0.05."""
     if not plain(x, sums) or length(c) * x.itemsize + c * 8 > scratch.nbytes // 2:
         return None
     line, total = scratch((length(c),), x.dtype), scratch((c,), np.float64)
@@ -37,7 +38,7 @@ def column_sum(x, sums, rows, c, parts, *, scratch):
 
 
 def sum_parts(x, y, accumulate, parts, n, *, scratch):
-    """y (+)= the parts, one after the other."""
+    """y (+)= the parts, one after the other; 128 sums: 2.2 -> 1.0 us a call."""
     if not plain(x, y) or np.may_share_memory(x, y):
         return None
     return partial(_sum_parts, x.reshape(-1), y.reshape(-1), bool(accumulate), parts)

@@ -2,7 +2,8 @@
 
 An arena is read in units of 256 elements that share a row of multipliers. What a program may change between replays
 (table, rates, multipliers, state) is read at each.
-FIGURES
+Figures are ns an element at 0.28, 1.15 and 6.7 million elements in float32: fast twin -> this; numba 0.68 and
+NumPy 2.4, one thread (BLAS's too) of an AMD EPYC (Zen 4) that others used too, the best of 21.
 """
 
 from functools import cache, partial
@@ -16,14 +17,14 @@ UNIT = 256
 
 
 def gradient_norm(g, norms, n, parts, *, scratch):
-    """norms[p] = sum of g*g, in double."""
+    """norms[p] = sum of g*g, in double: 0.29 0.28 0.57 -> 0.07 0.06 0.11."""
     if not plain(g):
         return None
     return partial(_norm, g.reshape(-1), norms.reshape(-1), parts)
 
 
 def penalty_sum(w, table, decay, l1, penalties, decoupled, rows, n, parts, *, scratch):
-    """penalties[p] = sum of decay / 2 * w^2 + l1 * |w|, in double, of whole units."""
+    """penalties[p] = sum of decay / 2 * w^2 + l1 * |w|, in double, of whole units: 0.82 0.79 1.1 -> 0.12 0.11 0.13."""
     if parts != 1 or not plain(w, decay, l1):
         return None
     w, *rest = (a.reshape(-1) for a in (w, table, decay, l1, penalties))
@@ -34,7 +35,7 @@ def sgd_update(
     w, g, velocity, table, rate, decay, group, rates, state, momentum, nesterov, caffe, decoupled, rows, steps, n,
     *, scratch,
 ):  # fmt: skip
-    """The formulas of the definition."""
+    """The formulas of the definition: 1.1 1.1 1.6 -> 0.19 0.19 0.39."""
     if not plain(w, g, velocity, rate, decay, rates):
         return None
     kernel = _sgd_kernel(bool(nesterov), bool(caffe), bool(decoupled))

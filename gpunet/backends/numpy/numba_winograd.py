@@ -142,7 +142,7 @@ def _enter_dy(dy, image, frame, s):
     """Copy an image of dy into a frame of whole tiles."""
     for row in range(s.oh):
         source = (image * s.oh + row) * s.ow * s.outputs
-        target = row * s.across * 4 * s.outputs
+        target = row * s.across * TILE * s.outputs
         frame[target : target + s.ow * s.outputs] = dy[source : source + s.ow * s.outputs]
 
 
