@@ -14,6 +14,14 @@ from pathlib import Path
 import gpunet
 
 FOLDER = Path(__file__).parent / "results"
+STEPPERS = {  # contenders of step_cpu.py as the table has them
+    "gpunet numba": "gpunet with numba",
+    "gpunet": "gpunet",
+    "torch": "PyTorch",
+    "torch channels_last": "PyTorch channels_last",
+    "torch compile": "PyTorch compiled",
+}
+HOLDERS = ("gpunet unfold", "gpunet", "gpunet numba", "torch channels_last")
 
 
 def machine(*packages):
@@ -54,15 +62,25 @@ def table(folder=FOLDER):
     for path, record in reports:
         path.with_suffix(".md").write_text(gpu_table(record))
     lines = ["# Measured", "", "Made by `python benchmarks/results.py` from the JSON files beside this one.", ""]
+    steps = [r for r in records if r["benchmark"] == "step_cpu"]
+    for what, key in (("training step", "times"), ("forward pass in inference", "forward")):
+        lines += _section(
+            f"One {what} on the CPU (milliseconds, median over rounds; benchmarks/step_cpu.py)",
+            f"| net | batch | {' | '.join(STEPPERS.values())} | gpunet / channels_last | conditions |",
+            [_step_row(r, key) for r in steps if key in r],
+        )
     lines += _section(
-        "One training step on the CPU (median over rounds; benchmarks/step_cpu.py)",
-        "| net | batch | gpunet ms | PyTorch ms | PyTorch channels_last ms | gpunet / channels_last | conditions |",
-        [_step_row(r) for r in records if r["benchmark"] == "step_cpu"],
+        "Memory of training steps on the CPU (peak beyond imports, in processes of their own; benchmarks/step_cpu.py)",
+        "| net | batch | " + " | ".join(f"{name} MB (to channels_last)" for name in HOLDERS) + " | conditions |",
+        [_memory_row(r) for r in steps if r.get("memory")],
     )
+    trainings = [r for r in records if r["benchmark"] == "accuracy"]
     lines += _section(
-        "Whole trainings (benchmarks/accuracy.py)",
-        "| recipe | seeds | test accuracy, median (range) | last epoch: training loss | whole process | conditions |",
-        [_accuracy_row(r) for r in records if r["benchmark"] == "accuracy"],
+        "Whole trainings on CIFAR-10 (benchmarks/accuracy_cpu.py)",
+        "| recipe | goal | seeds | test accuracy, median (range) | last epoch: training loss | whole process, median "
+        "(range) | conditions |",
+        [_accuracy_row(r) for r in trainings],
+        *dict.fromkeys(r["peers"] for r in trainings if "peers" in r),
     )
     for r in (r for r in records if r["benchmark"] == "methods"):
         lines += _section(
@@ -79,9 +97,10 @@ def table(folder=FOLDER):
     (folder / "README.md").write_text("\n".join(lines) + "\n")
 
 
-def _section(title, header, rows):
+def _section(title, header, rows, *notes):
     rule = "|" + "---|" * (header.count("|") - 1)
-    return [f"## {title}", "", header, rule, *rows, ""] if rows else []
+    notes = [line for note in notes for line in (note, "")]
+    return [f"## {title}", "", header, rule, *rows, "", *notes] if rows else []
 
 
 def _conditions(record):
@@ -89,11 +108,29 @@ def _conditions(record):
     return f"{record['processor']}, {record['cores']} cores, {versions}, {record['date']}"
 
 
-def _step_row(r):
-    ours, theirs, best = (r["times"][c]["median_ms"] for c in ("gpunet", "torch", "torch channels_last"))
-    busy = "" if r["others_load"] <= 0.05 else f"; others used {r['others_load']:.0%} of a core"
-    numbers = f"{ours:.1f} | {theirs:.1f} | {best:.1f} | {ours / best:.2f}"
-    return f"| {r['name']} | {r['batch']} | {numbers} | {r['threads']} threads, {_conditions(r)}{busy} |"
+def _step_row(r, key):
+    medians = {name: found["median_ms"] for name, found in r[key].items()}
+    ours, best = medians.get("gpunet numba", medians.get("gpunet")), medians.get("torch channels_last")
+    numbers = [f"{medians[name]:.1f}" if name in medians else "" for name in STEPPERS]
+    numbers.append(f"{ours / best:.2f}" if ours and best else "")
+    return f"| {_net(r)} | {' | '.join(numbers)} | {r['threads']} threads, {_conditions(r)}{_busy(r)} |"
+
+
+def _memory_row(r):
+    held, best = r["memory"], r["memory"].get("torch channels_last")
+    numbers = [
+        f"{held[name] / 1e6:.0f}" + (f" ({held[name] / best:.2f})" if best else "") if name in held else ""
+        for name in HOLDERS
+    ]
+    return f"| {_net(r)} | {' | '.join(numbers)} | {r['threads']} threads, {_conditions(r)} |"
+
+
+def _net(r):
+    return f"{r.get('net', r['name'])} | {r['batch']}"
+
+
+def _busy(r):
+    return "" if r["others_load"] <= 0.05 else f"; others used {r['others_load']:.0%} of a core"
 
 
 def _method_row(row):
@@ -105,12 +142,17 @@ def _method_row(row):
 
 def _accuracy_row(r):
     runs, median = r["runs"], r["median"]
-    found = [run["test_accuracy"] for run in runs]
+    found, seconds = ([run[key] for run in runs] for key in ("test_accuracy", "seconds"))
     accuracy = f"{median['test_accuracy']:.2%} ({min(found):.2%} to {max(found):.2%})"
-    settings = f"{', '.join(r['overrides'])}; " if r["overrides"] else ""
+    goal = r.get("goal")
+    goal = f"{goal:.0%}, {'reached' if median['test_accuracy'] >= goal else 'missed'}" if goal else ""
+    resumed = sum(bool(run.get("resumed")) for run in runs)
+    notes = [*r["overrides"], *[f"{resumed} of the runs were gone on with"] * bool(resumed)]
+    busy = _busy({"others_load": max(run.get("others_load", 0.0) for run in runs)})
     return (
-        f"| {r['name']} | {len(runs)} | {accuracy} | {median['train_loss_last_epoch']:.3f} "
-        f"| {median['seconds']:.0f} s | {settings}{_conditions(r)} |"
+        f"| {r['name']} | {goal} | {len(runs)} | {accuracy} | {median['train_loss_last_epoch']:.3f} "
+        f"| {median['seconds']:.0f} s ({min(seconds):.0f} to {max(seconds):.0f}) "
+        f"| {''.join(f'{note}; ' for note in notes)}{_conditions(r)}{busy} |"
     )
 
 

@@ -1,123 +1,49 @@
-"""Time of one training step on the CPU: gpunet beside PyTorch, contiguous and channels_last, interleaved in one run.
+"""Time and memory of a training step on the CPU: gpunet beside PyTorch, interleaved in one run.
 
-    python benchmarks/step_cpu.py [--nets resnet9 cifar10_quick resnet20] [--batch 100] [--rounds 7] [--threads 2]
-                                  [--write]
+    python benchmarks/step_cpu.py                                       # all nets, batches 100 and 128
+    python benchmarks/step_cpu.py --nets resnet9 --batch 100 --layers   # and which layer takes how long, on both sides
+    python benchmarks/step_cpu.py --write                               # store the figures in results/
 
-A step is forward, backward and an SGD update (momentum .9, decay 5e-4) in float32 on one fixed batch. Each round times
-every contender once for about a second and takes the mean; printed is the median over rounds and the ratio of medians.
-Ratios on a busy machine lie (PyTorch's barriers suffer more than ours), so the load of other processes is measured
-before and after, and a run above 5 % of a core is marked.
+A step is forward, backward and an SGD update in float32 on one fixed batch; "forward" the network in inference. In each
+round every contender is timed once, for --seconds each; printed are medians over rounds. The contenders: gpunet with
+and without its numba engine, PyTorch contiguous, channels_last, and compiled; one that cannot run says why and is left
+out.
+Memory is the peak of some steps beyond what the imports hold, each contender in a process of its own.
+
+Ratios on a busy machine lie (PyTorch's barriers suffer more than ours). So what other work took is measured before,
+during and after; above 5 % of a core a net's figures are marked, and not stored without --force.
 """
 
 import argparse
-import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import contenders
+from quiet import Others, may_store, verdict
 from results import machine, store
 
-from gpunet import models
-from gpunet.core.step import Step
-from gpunet.nn import SoftmaxCrossEntropy
-from gpunet.optim import SGD
+from gpunet.errors import GpunetError
+from gpunet.train.text import columns, size
 
-NETS = {"resnet9": {"widths": (32, 64, 128, 256)}, "cifar10_quick": {}, "resnet20": {}}
-
-
-def gpunet_step(name, batch, threads, x, y):
-    """Return a call that does one gpunet step."""
-    graph = models.build(name, **NETS[name])
-    step = Step(graph, SoftmaxCrossEntropy(), SGD(1e-3, 0.9, 5e-4), batch=batch, replicas=threads)
-    step.gradient(x, y)
-
-    def run():
-        step.gradient(x, y)
-        step.update()
-
-    return run
+HERE = Path(__file__).parent
+LAYER_STEPS = 10
+BEST_PEER, DEFAULT = "torch channels_last", "gpunet numba"
 
 
-def torch_step(name, batch, threads, x, y, channels_last):
-    """Return a call that does the same step in PyTorch, and how many weights the net has."""
-    import torch
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    net = torch_net(name)
-    inputs = torch.tensor(x.transpose(0, 3, 1, 2).copy())
-    if channels_last:
-        net, inputs = net.to(memory_format=torch.channels_last), inputs.to(memory_format=torch.channels_last)
-    labels = torch.tensor(y)
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, weight_decay=5e-4)
-    loss_of = torch.nn.CrossEntropyLoss()
-
-    def run():
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(net(inputs), labels).backward()
-        optimizer.step()
-
-    weights = models.build(name, **NETS[name]).size
-    assert sum(p.numel() for p in net.parameters()) == weights, f"{name}: the peer is another net"
-    return run
-
-
-def torch_net(name):
-    """Return the same network in PyTorch."""
-    from torch import nn
-
-    def cbr(i, o, s=1):
-        return nn.Sequential(nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
-
-    class Residual(nn.Module):
-        def __init__(self, body, shortcut=None, relu=False):
-            super().__init__()
-            self.body, self.shortcut, self.relu = body, shortcut or nn.Identity(), relu
-
-        def forward(self, x):
-            y = self.body(x) + self.shortcut(x)
-            return nn.functional.relu(y, inplace=True) if self.relu else y
-
-    if name == "cifar10_quick":
-        return nn.Sequential(
-            nn.Conv2d(3, 32, 5, 1, 2), nn.MaxPool2d(3, 2, ceil_mode=True), nn.ReLU(inplace=True),
-            nn.Conv2d(32, 32, 5, 1, 2), nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, ceil_mode=True),
-            nn.Conv2d(32, 64, 5, 1, 2), nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, ceil_mode=True),
-            nn.Flatten(), nn.Linear(1024, 64), nn.Linear(64, 10),
-        )  # fmt: skip
-    if name == "resnet9":
-        a, b, c, d = NETS[name]["widths"]
-        return nn.Sequential(
-            cbr(3, a), cbr(a, b), nn.MaxPool2d(2), Residual(nn.Sequential(cbr(b, b), cbr(b, b))),
-            cbr(b, c), nn.MaxPool2d(2), cbr(c, d), nn.MaxPool2d(2), Residual(nn.Sequential(cbr(d, d), cbr(d, d))),
-            nn.MaxPool2d(4), nn.Flatten(), nn.Linear(d, 10),
-        )  # fmt: skip
-    layers, width = [cbr(3, 16)], 16
-    for stage in (16, 32, 64):
-        for i in range(3):
-            stride = 2 if i == 0 and stage > 16 else 1
-            body = nn.Sequential(
-                cbr(width, stage, stride), nn.Conv2d(stage, stage, 3, 1, 1, bias=False), nn.BatchNorm2d(stage)
-            )
-            project = nn.Sequential(nn.Conv2d(width, stage, 1, stride, bias=False), nn.BatchNorm2d(stage))
-            layers.append(Residual(body, project if stride == 2 else None, relu=True))
-            width = stage
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-def others_load(seconds=0.5):
-    """Return the share of one core that other processes used over some seconds (0 where no /proc/stat tells)."""
-
-    def busy():
-        fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-        return sum(fields) - fields[3] - fields[4]
-
-    if not Path("/proc/stat").exists():
-        return 0.0
-    before, started = busy(), time.perf_counter()
-    time.sleep(seconds)
-    return (busy() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - started)
+def start(names, graph, batch, threads):
+    """Return ({name: contender that has done its first steps}, {name: why it cannot run})."""
+    ready, missing = {}, {}
+    for name in names:
+        try:
+            ready[name] = contender = contenders.make(name, graph, batch, threads)
+            contender.step()
+            contender.forward()
+        except GpunetError as error:
+            missing[name] = str(error)
+    return ready, missing
 
 
 def mean_time(run, seconds):
@@ -129,52 +55,131 @@ def mean_time(run, seconds):
     return passed / count
 
 
-def measure(name, batch, threads, rounds, seconds):
-    """Return {contender: [seconds a step, one a round]}."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(batch, 32, 32, 3)).astype(np.float32), rng.integers(0, 10, batch)
-    contenders = {
-        "gpunet": gpunet_step(name, batch, threads, x, y),
-        "torch": torch_step(name, batch, threads, x, y, False),
-        "torch channels_last": torch_step(name, batch, threads, x, y, True),
-    }
-    for run in contenders.values():
-        mean_time(run, seconds)
-    times = {c: [] for c in contenders}
-    for _ in range(rounds):
-        for c, run in contenders.items():
-            times[c].append(mean_time(run, seconds))
-    return times
+def rounds_of(calls, rounds, seconds, others):
+    """Return ({name: [seconds a call, one a round]}, the largest share of a core that others took in a round).
+
+    Every other round goes backwards, so that nobody always comes behind the same one.
+    """
+    times, load = {name: [] for name in calls}, others.look()
+    for number in range(rounds):
+        for name in [*calls][:: -1 if number % 2 else 1]:
+            times[name].append(mean_time(calls[name], seconds))
+        load = max(load, others.share())
+    return times, max(load, others.look())
+
+
+def memory_of(name, net, batch, threads):
+    """Return the bytes that a contender's steps take in a process of its own, or None where it cannot run."""
+    command = [sys.executable, HERE / "step_memory.py", name, net, str(batch), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"memory of {name}: left out: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
+        return None
+    return int(done.stdout)
+
+
+def measure(net, batch, arguments):
+    """Return the record of a net at a batch size, and print it as it comes."""
+    graph, threads = contenders.build(net), arguments.threads
+    ready, missing = start(arguments.contenders, graph, batch, threads)
+    for name, why in missing.items():
+        print(f"{name} is left out: {why.removeprefix(f'{name}: ')}")
+    others, record, load = Others(), {}, 0.0
+    for what in ("step", "forward"):
+        calls = {name: getattr(contender, what) for name, contender in ready.items()}
+        times, seen = rounds_of(calls, arguments.rounds, arguments.seconds, others)
+        load = max(load, seen)
+        record["times" if what == "step" else what] = {
+            name: {"median_ms": 1e3 * statistics.median(t), "rounds_ms": [1e3 * s for s in t]}
+            for name, t in times.items()
+        }
+        print(f"{net}, batch {batch}: {line(what, times)}", flush=True)
+    if arguments.layers:
+        record["layers"] = {name: flat(ready[name].layers(LAYER_STEPS)) for name in layered(ready)}
+        print(layer_table(record["layers"]))
+    for contender in ready.values():
+        contender.close()
+    found = {name: memory_of(name, net, batch, threads) for name in contenders.MEASURED}
+    record["memory"] = {name: nbytes for name, nbytes in found.items() if nbytes is not None}
+    print(f"{net}, batch {batch}: memory beyond imports: {memory_line(record['memory'])}")
+    print(f"{net}, batch {batch}: {verdict(load)}", flush=True)
+    return {"net": net, "batch": batch, "threads": threads, "others_load": load, "left_out": missing, **record}
+
+
+def line(what, times):
+    """Return medians, and ratios to channels_last where it ran."""
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    best = medians.get(BEST_PEER)
+    ratios = {name: f" ({m / best:.2f})" if best else "" for name, m in medians.items()}
+    return f"{what}: " + ", ".join(f"{name} {1e3 * m:.1f} ms{ratios[name]}" for name, m in medians.items())
+
+
+def memory_line(found):
+    """Return bytes, and ratios to channels_last where it ran."""
+    best = found.get(BEST_PEER)
+    return ", ".join(f"{name} {size(n)}" + (f" ({n / best:.2f})" if best else "") for name, n in found.items())
+
+
+def layered(ready):
+    """Return the two that are compared layer by layer: gpunet as it is by default, and channels_last."""
+    return [name for name in (DEFAULT if DEFAULT in ready else "gpunet", BEST_PEER) if name in ready]
+
+
+def flat(found):
+    """Return {(layer, part): seconds} as JSON holds it: [layer, part, milliseconds]."""
+    return [[*key, 1e3 * seconds] for key, seconds in found.items()]
+
+
+def layer_table(layers):
+    """Return lines: what each side spends in each layer, and what the first loses there (below 0: wins).
+
+    Parts of a step that have no layer are one row: the loss, the sum over gradients, the update.
+    """
+    tables = {name: _by_layer(rows) for name, rows in layers.items()}
+    names = [*tables]
+    keys = dict.fromkeys(key for table in tables.values() for key in table)
+    head = ("layer", "part", *(f"{name} ms" for name in names), *["loses ms"] * (len(names) == 2))
+    lines = [head]
+    for key in keys:
+        own = [table.get(key, 0.0) for table in tables.values()]
+        lines.append((*key, *(f"{ms:.2f}" for ms in own), *[f"{own[0] - own[-1]:+.2f}"] * (len(names) == 2)))
+    sums = [sum(table.values()) for table in tables.values()]
+    lines.append(("all", "", *(f"{ms:.2f}" for ms in sums), *[f"{sums[0] - sums[-1]:+.2f}"] * (len(names) == 2)))
+    return columns(lines, 2)
+
+
+def _by_layer(rows):
+    table = {}
+    for path, part, ms in rows:
+        key = (path, part) if part else ("loss, update, sums", "")
+        table[key] = table.get(key, 0.0) + ms
+    return table
 
 
 def main():
-    """Measure, print, and with --write store JSON beside the earlier results."""
+    """Measure every net at every batch size; --write stores each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
-    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--nets", nargs="+", default=[*contenders.NETS], choices=contenders.NETS)
+    parser.add_argument("--batch", nargs="+", type=int, default=[100, 128])
+    parser.add_argument("--contenders", nargs="+", default=contenders.TIMED, choices=contenders.TIMED)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each contender in a round")
+    parser.add_argument("--layers", action="store_true", help="time each layer, too")
+    parser.add_argument("--write", action="store_true", help="store the figures in results/")
+    parser.add_argument("--force", action="store_true", help="store those of a busy machine, too, marked")
     arguments = parser.parse_args()
-    load = others_load()
-    measured = {}
-    for name in arguments.nets:
-        times = measured[name] = measure(name, arguments.batch, arguments.threads, arguments.rounds, arguments.seconds)
-        medians = {c: statistics.median(t) for c, t in times.items()}
-        row = ", ".join(f"{c} {1e3 * m:.1f} ms" for c, m in medians.items())
-        ratio = medians["gpunet"] / medians["torch channels_last"]
-        print(f"{name}, batch {arguments.batch}: {row}; gpunet / channels_last = {ratio:.2f}", flush=True)
-    load = max(load, others_load())
-    print(f"other processes used {load:.0%} of a core: {'quiet' if load <= 0.05 else 'NOT QUIET, ratios lie'}")
-    if arguments.write:
-        for name, times in measured.items():
-            rounds = {
-                c: {"median_ms": 1e3 * statistics.median(t), "rounds_ms": [1e3 * s for s in t]}
-                for c, t in times.items()
-            }
-            conditions = {"batch": arguments.batch, "threads": arguments.threads, "others_load": load}
-            store("step_cpu", name, {**machine("torch"), **conditions, "times": rounds})
+    for key in ("threads", "rounds"):
+        if getattr(arguments, key) < 1:
+            parser.error(f"--{key}: expected at least 1, got {getattr(arguments, key)}")
+    if min(arguments.batch) < 1:
+        parser.error(f"--batch: expected at least 1, got {min(arguments.batch)}")
+    for net in arguments.nets:
+        for batch in arguments.batch:
+            record = measure(net, batch, arguments)
+            if arguments.write and may_store(record["others_load"], arguments.force):
+                packages = [p for p, name in (("torch", "torch"), ("numba", DEFAULT)) if name in record["times"]]
+                store("step_cpu", f"{net}_{batch}", {**machine(*packages), **record})
 
 
 if __name__ == "__main__":

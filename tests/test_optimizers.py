@@ -213,8 +213,8 @@ def _(s, w, d, lr, k, t):
         return w - lr * max(1, columns / rows) ** 0.5 * u
     lr = lr * s.rest_rate
     if s.rest == "sgd":
-        k["v"] = s.momentum * k.get("v", 0) + d
-        return w - lr * (d + s.momentum * k["v"] if s.nesterov else k["v"])
+        k["v"] = s.rest_momentum * k.get("v", 0) + d
+        return w - lr * (d + s.rest_momentum * k["v"] if s.nesterov else k["v"])
     k["m"] = s.beta1 * k.get("m", 0) + (1 - s.beta1) * d
     k["s"] = s.beta2 * k.get("s", 0) + (1 - s.beta2) * d**2
     return w - lr * k["m"] / (1 - s.beta1**t) / (np.sqrt(k["s"] / (1 - s.beta2**t)) + s.eps)
@@ -728,7 +728,7 @@ def test_every_rule_says_what_it_is_and_has_defaults(name):
         (lambda: optim.WindowedAdagrad(window=1.5), "WindowedAdagrad: window: expected a whole number, got 1.5"),
         (lambda: optim.VSGD(scope="net"), "VSGD: scope: expected 'weight' or 'layer' or 'all', got 'net'"),
         (lambda: optim.VSGD(clip=1.0), "VSGD: clip: expected 0, got 1.0: it measures the gradient itself"),
-        (lambda: optim.Muon(decoupled=False), "Muon: decoupled: expected True, got False: decay has no part"),
+        (lambda: step_of(optim.Muon(decoupled=False)), "Muon: decoupled: expected True, got False: decay has no part"),
         (lambda: optim.Muon(exclude="head"), "Muon: exclude: expected a list of texts, got 'head'"),
         (lambda: optim.EMA(1.0), "EMA: decay: expected a number below 1, got 1.0"),
         (lambda: optim.SWA(-1), "SWA: start: expected 0 or more, got -1"),

@@ -27,6 +27,7 @@ from gpunet.nn import (
     Linear,
     MaxPool,
     ReLU,
+    Scale,
 )
 
 PEERS = {  # gpunet's type: what PyTorch has beside it
@@ -69,6 +70,9 @@ def module_of(torch, graph):
             for other in given[1:]:
                 total = code.call_function(operator.add, (total, other))
             values[node] = total
+            continue
+        if isinstance(node.layer, Scale):
+            values[node] = code.call_function(operator.mul, (given[0], node.layer.factor))
             continue
         parts[f"n{number}"] = _layer_of(torch.nn, node, alone=readers[node.inputs[0]] == 1)
         values[node] = code.call_module(f"n{number}", (given[0],))

@@ -108,9 +108,10 @@ class Muon(Optimizer):
 
     v = momentum * v + g; of d = g + momentum * v (nesterov, else v) all singular values become about 1 in `steps`
     products of the polynomial 3.4445 x - 4.7750 x^3 + 2.0315 x^5; s = sqrt(max(1, columns / rows)), rows being what a
-    unit reads. Decay is decoupled. normalize: first w becomes as long as the root of its columns, which takes the place
-    of decay; then s = 1. Vectors, and what `exclude` names (patterns, such as "head"), go by `rest` at rest_rate * lr,
-    sgd with this momentum. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    unit reads. Decay is decoupled; it need not be where none of these decays. normalize: first w becomes as long as the
+    root of its columns, which takes the place of decay; then s = 1. Vectors, and what `exclude` names (patterns, such
+    as "head"), go by `rest` at rest_rate * lr, sgd with rest_momentum, and nesterov as set. Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon.
     """
 
     lr: Natural = 0.02
@@ -122,6 +123,7 @@ class Muon(Optimizer):
     exclude: list[str] = ()
     rest: Literal["adamw", "sgd"] = "adamw"
     rest_rate: Natural = 0.05
+    rest_momentum: Share = 0.9
     beta1: Share = 0.9
     beta2: Share = 0.99
     eps: Positive = 1e-8
@@ -130,22 +132,23 @@ class Muon(Optimizer):
 
     whole = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.decoupled:
-            raise GpunetError("Muon: decoupled: expected True, got False: decay has no part in what is orthogonalized")
-
     @property
     def slots(self):
         """The momentum, and what Adam keeps where that updates the rest."""
         return ("velocity", "mean", "square") if self.rest == "adamw" else ("velocity",)
 
     def tables(self, layout):
-        """Return the rates of the rest; GpunetError where `exclude` has a pattern that matches nothing."""
+        """Return the rates of the rest; GpunetError where `exclude` matches nothing, or decay is set wrongly."""
         for pattern in self.exclude:
             if not any(pattern_matches(pattern, name) for name in layout.parameters):
                 known = ", ".join(layout.parameters)
                 raise GpunetError(f"Muon: exclude: '{pattern}' matches no weight that trains; known: {known}")
+        decaying = [n for n, p in layout.parameters.items() if self.orthogonal(n, p) and p.decay * self.weight_decay]
+        if decaying and not self.decoupled:
+            raise GpunetError(
+                "Muon: decoupled: expected True, got False: decay has no part in what is orthogonalized, such as "
+                f"{decaying[0]}, unless its own factor of decay is 0"
+            )
         return super().tables(layout) | {"rest_rate": layout.rows("rate", np.float64) * self.rest_rate}
 
     def orthogonal(self, name, p):
@@ -174,7 +177,7 @@ class Muon(Optimizer):
                 settings |= {"slots": ("mean", "square"), "reads": reads}
                 self.launch(t, first, last, "adam_update", self.beta1, self.beta2, self.eps, **settings)
             else:
-                momentum = (self.momentum, int(self.nesterov), 0)
+                momentum = (self.rest_momentum, int(self.nesterov), 0)
                 self.launch(t, first, last, "sgd_update", *momentum, slots=("velocity",), **settings)
 
     def _trace_matrices(self, t, rows, columns, places):

@@ -26,6 +26,7 @@ from gpunet.nn.init import named
 from gpunet.optim import OPTIMIZERS
 from gpunet.optim import Optimizer as OptimizerBase
 from gpunet.optim.schedules import SCHEDULES
+from gpunet.train.views import Views
 
 BARE = re.compile("[A-Za-z0-9_-]+")  # a key of TOML without quotes
 Count = Annotated[int, Field(ge=1)]
@@ -178,7 +179,8 @@ class Train(Section):
     (gpunet.Source). patience: the training ends once so many validations in a row were no better than the best by more
     than `min_delta`, by accuracy, or by loss where images have values. lr_rule: optimizer.lr is for `base_batch` images
     an update, and grows with them: "linear" (k times as many, k times the rate; Krizhevsky 2014, Goyal et al. 2017), or
-    "sqrt" (the square root of k, which keeps the variance of an update).
+    "sqrt" (the square root of k, which keeps the variance of an update). views: over which the test at the end averages
+    (gpunet.train.views); validation, which only chooses, looks at images as they are.
     """
 
     epochs: Count = 10
@@ -199,8 +201,18 @@ class Train(Section):
     patience: Count | None = None
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     monitor_test: bool = False
+    views: str | None = None
     watch: list[str] = []
     watch_every: Count = 100
+
+    @field_validator("views")
+    @classmethod
+    def _known(cls, value):
+        try:
+            return value if value is None else Views(value).text
+        except GpunetError as error:
+            expected, _, _ = str(error).removeprefix("views: expected ").rpartition("got ")
+            raise ValueError(expected.rstrip(",; ")) from None
 
     def batches_an_update(self, batches):
         """Return how many of an epoch's batches make one update."""

@@ -57,11 +57,20 @@ class Predictor:
         """
         size, images = self.step.batch, np.asarray(images)
         pieces = [images[i : i + size] for i in range(0, len(images), size)]
-        views, whitening = None if views is None else Views(views), self.preprocess.whitening
-        if views and whitening is not None and whitening.kind == "pca_whiten":
-            raise GpunetError("views: expected an image's places; preprocess.whiten = 'pca_whiten' gives components")
+        self.check_views(views)
+        views = None if views is None else Views(views)
         with np.errstate(over="ignore", invalid="ignore"):  # whoever uses the outputs looks whether they are finite
             return np.concatenate([self._output(piece, views) for piece in pieces])
+
+    def check_views(self, views):
+        """Raise GpunetError where images of the network's size have no such views."""
+        if views is None:
+            return
+        whitening, shape = self.preprocess.whitening, self.step.graph.input_shape
+        if whitening is not None and whitening.kind == "pca_whiten":
+            raise GpunetError("views: expected an image's places; preprocess.whiten = 'pca_whiten' gives components")
+        for _ in Views(views).of(np.zeros((1, *shape)), shape[:2]):
+            pass
 
     def _ready(self, images):
         return (self.preprocess(images) - self.mean) * self.scale

@@ -61,7 +61,8 @@ class Result:
         if self.best:
             lines.append(f"best validation {_score(self, self.best)} after epoch {self.best['epoch']}")
         if self.test:
-            lines.append(f"test {_score(self, vars(self.test))}")
+            views = f", views {self.config.train.views}" if self.config.train.views else ""
+            lines.append(f"test {_score(self, vars(self.test))}{views}")
         lines.append(f"{clock(self.seconds)} in all, {self.images_per_second:,.0f} images a second in training")
         if self.data.note:
             lines.append(f"note: {self.data.note}")
@@ -157,7 +158,8 @@ def _results(result):
     else:
         rows.append(("weights kept", "the last ones: nothing was measured on a validation split"))
     if result.test:
-        rows.append(("test", f"{result.test.count:,} images, measured once, with the weights kept"))
+        views = f", the mean over views {result.config.train.views}" if result.config.train.views else ""
+        rows.append(("test", f"{result.test.count:,} images, measured once, with the weights kept{views}"))
         rows += [(f"test: {name}", value) for name, value in result.test.lines()]
     if result.config.train.monitor_test:
         rows.append(("watched", "the test split was measured during training (monitor_test = true); it chose nothing"))

@@ -76,6 +76,7 @@ class Trainer:
         self.inits = initial.fit(self.graph, _unset(pending, self.started), source, config.train.seed)
         self.step = build_step(config, self.graph, source, backend)
         self.predictor = Predictor(self.step, mean, scale, self.data.classes, config.loss.name, preprocess)
+        self.predictor.check_views(config.train.views)  # what does not fit is told before the training
         self.pins, self.data_digest = pins(self.step), data_digest(self.data)
         self.resumed = None
 
@@ -294,7 +295,7 @@ class _Training:
         """Measure the kept weights on the test split, once; the last line of the metrics says what came out."""
         if self.data.test is None:
             return None
-        found = self.trainer.evaluate("test")
+        found = self.trainer.evaluate("test", self.config.train.views)
         epoch = self.best["epoch"] if self.best else self.epoch
         row = {"split": "test", "epoch": epoch, "loss": found.loss, "accuracy": found.accuracy, "count": found.count}
         self.run_directory.log([row])
