@@ -1,6 +1,6 @@
 """What each transform of a batch costs on the CPU, as a share of a training step of cifar10_quick.
 
-    python benchmarks/augment.py [--batch 100] [--rounds 7] [--only rotate elastic]
+    python benchmarks/augment.py [--batch 100] [--rounds 7] [--only rotate elastic] [--write]
 
 The step is forward, backward and an SGD update in float32 on one thread, on a fixed batch; what is beside it makes a
 batch from 10,000 resident images of 32x32x3 uint8. Each round times everything once, printed are medians over rounds.
@@ -16,6 +16,7 @@ from contextlib import closing
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported
 
 import numpy as np
+from results import machine, store
 
 from gpunet import models
 from gpunet.core.augmentation import AUGMENTATIONS, Augmentation
@@ -47,6 +48,7 @@ def main():
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=list(LINES), metavar="LINE", default=list(LINES))
+    parser.add_argument("--write", action="store_true", help="store the figures in results/")
     given = parser.parse_args()
     rng = np.random.default_rng(0)
     split = Split(rng.integers(0, 256, (IMAGES, 32, 32, 3), np.uint8), rng.integers(0, 10, IMAGES).astype(np.int32))
@@ -58,6 +60,10 @@ def main():
             for name, call in {"step": lambda _: step(), **calls}.items():
                 times[name].append(mean(call))
     medians = {name: statistics.median(found) for name, found in times.items()}
+    if given.write:
+        figures = {name: {"median_ms": 1e3 * medians[name], "min_ms": 1e3 * min(found), "max_ms": 1e3 * max(found)}
+                   for name, found in times.items()}  # fmt: skip
+        store("augment", "cifar10_quick", {**machine(), "batch": given.batch, "rounds": given.rounds, "times": figures})
     whole = medians.pop("step")
     rows = [("a batch of cifar10_quick", "ms", "of a step"), ("the step", f"{whole * 1e3:.2f}", "")]
     rows += [(name, f"{found * 1e3:.2f}", f"{found / whole:.1%}") for name, found in medians.items()]

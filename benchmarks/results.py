@@ -89,6 +89,13 @@ def table(folder=FOLDER):
             "| | method | training loss, last half epoch | validation loss | validation accuracy |",
             [_method_row(row) for row in r["rows"]],
         )
+    for r in (r for r in records if r["benchmark"] == "augment"):
+        lines += _section(
+            f"What a batch of {r['batch']} costs beside a training step of {r['name']} on one thread, median of "
+            f"{r['rounds']} rounds ({_conditions(r)}; benchmarks/augment.py)",
+            "| transform | ms (range) | of a step |",
+            [_augment_row(name, times, r["times"]["step"]) for name, times in r["times"].items()],
+        )
     lines += _section(
         "On a GPU (benchmarks/gpu_report.py)",
         "| device | date | what came out | report | conditions |",
@@ -138,6 +145,12 @@ def _method_row(row):
         f"| {row['group'][:-1]} | {row['method']} | {row['train_loss']:.3f} | {row['validation_loss']:.3f} "
         f"| {row['validation_accuracy']:.1%} |"
     )
+
+
+def _augment_row(name, times, step):
+    median, low, high = (times[key] for key in ("median_ms", "min_ms", "max_ms"))
+    share = "" if times is step else f"{median / step['median_ms']:.1%}"
+    return f"| {name} | {median:.2f} ({low:.2f} to {high:.2f}) | {share} |"
 
 
 def _accuracy_row(r):

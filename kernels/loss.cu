@@ -12,8 +12,8 @@
 //   metrics_sum            sums (+)= sum of losses, rows with hit 1, rows with hit >= 0, 1 (one gradient)
 //
 // A row of padding, whose t are all NaN, has loss and gradient 0 and hit -1; where t are shares of the classes
-// (softmax, hinge), a row of zeros has no class and is padding too. Nothing is a mean over rows: the update
-// divides by count.
+// (softmax, hinge), a row of zeros has no class and is padding too. Elsewhere a NaN among numbers makes the loss of
+// its row NaN, and its own gradient. Nothing is a mean over rows: the update divides by count.
 // hits: 1 where the largest z (mean_squared_error: if k > 1) stands where the largest t does, the first of several;
 // else 0. sigmoid_cross_entropy: where any of the largest t does; with k = 1, z > 0 as t > 1/2; where no t is above
 // 0, no z either.
@@ -26,6 +26,24 @@
 
 #define ROWS (THREADS / WARP)  // a block
 
+// What the lanes of a warp find in a row of outputs z and targets t.
+struct Row {
+    Best output, label;  // the first largest
+    bool given;          // whether any target is a number; of shares: other than 0. Else the row is padding.
+};
+
+DEVICE Row search(const real* z, const real* t, int width, int lane, bool shares) {
+    Best output = {0, -1}, label = {0, -1};
+    int given = 0;
+    for (int j = lane; j < width; j += WARP) {
+        const wide target = load(t + j);
+        output = better(output, {load(z + j), j});
+        label = better(label, {target, j});
+        given += shares ? target < 0 || target > 0 : !is_nan(target);
+    }
+    return {warp_best(output), warp_best(label), warp_sum(given) > 0};
+}
+
 // launch: blocks=(n+7)//8
 KERNEL softmax_cross_entropy(const real* logits /*n*k*/, const real* targets /*n*k*/, real* dlogits /*n*k*/,
                              wide* losses /*n*/, int* hits /*n*/, const State* state /*1*/, int n, int k) {
@@ -34,38 +52,27 @@ KERNEL softmax_cross_entropy(const real* logits /*n*k*/, const real* targets /*n
     const long long base = (long long)row * k;
     const real *z = logits + base, *t = targets + base;
 
-    Best logit = {0, -1}, label = {0, -1};
-    wide mass = 0;
-    int given = 0;
-    for (int j = lane; j < width; j += WARP) {
-        const wide target = load(t + j);
-        logit = better(logit, {load(z + j), j});
-        label = better(label, {target, j});
-        mass += target;
-        given += target < 0 || target > 0;  // neither 0 nor NaN
-    }
-    logit = warp_best(logit);
-    label = warp_best(label);
-    mass = warp_sum(mass);
-    given = warp_sum(given);
+    const Row found = search(z, t, width, lane, true);
 
-    wide sum = 0, product = 0;  // of exp(z - top) and of t*(z - top)
+    wide mass = 0, sum = 0, product = 0;  // of t, of exp(z - top), of t*(z - top)
     for (int j = lane; j < width; j += WARP) {
-        const wide target = load(t + j), v = load(z + j) - logit.value;
+        const wide target = load(t + j), v = load(z + j) - found.output.value;
+        mass += target;
         sum += exp(v);
         product += target != 0 ? target * v : wide(0);
     }
+    mass = warp_sum(mass);
     sum = warp_sum(sum);
     product = warp_sum(product);
 
     const wide factor = mass / sum, scale = (wide)state->loss_scale;
     for (int j = lane; j < width; j += WARP) {
-        const wide d = exp(load(z + j) - logit.value) * factor - load(t + j);
-        store(dlogits + base + j, given ? d * scale : wide(0));
+        const wide d = exp(load(z + j) - found.output.value) * factor - load(t + j);
+        store(dlogits + base + j, found.given ? d * scale : wide(0));
     }
     if (lane == 0 && row < n) {
-        losses[row] = given ? log(sum) * mass - product : wide(0);
-        hits[row] = given ? logit.index == label.index : -1;
+        losses[row] = found.given ? log(sum) * mass - product : wide(0);
+        hits[row] = found.given ? found.output.index == found.label.index : -1;
     }
 }
 
@@ -76,30 +83,19 @@ KERNEL mean_squared_error(const real* prediction /*n*k*/, const real* targets /*
     const int row = blockIdx.x * ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int width = row < n ? k : 0;
     const long long base = (long long)row * k;
-
-    Best largest = {0, -1}, label = {0, -1};
-    wide sum = 0;
-    int given = 0;
-    for (int j = lane; j < width; j += WARP) {
-        const wide target = load(targets + base + j), p = load(prediction + base + j), d = p - target;
-        largest = better(largest, {p, j});
-        label = better(label, {target, j});
-        sum += d * d;
-        given += !is_nan(target);
-    }
-    largest = warp_best(largest);
-    label = warp_best(label);
-    sum = warp_sum(sum);
-    given = warp_sum(given);
+    const Row found = search(prediction + base, targets + base, width, lane, false);
 
     const wide scale = 2 / (wide)k * (wide)state->loss_scale;
+    wide sum = 0;
     for (int j = lane; j < width; j += WARP) {
         const wide d = load(prediction + base + j) - load(targets + base + j);
-        store(dprediction + base + j, given ? d * scale : wide(0));
+        sum += d * d;
+        store(dprediction + base + j, found.given ? d * scale : wide(0));
     }
+    sum = warp_sum(sum);
     if (lane == 0 && row < n) {
-        losses[row] = given ? sum / (wide)k : wide(0);
-        hits[row] = given ? k > 1 && largest.index == label.index : -1;
+        losses[row] = found.given ? sum / (wide)k : wide(0);
+        hits[row] = found.given ? k > 1 && found.output.index == found.label.index : -1;
     }
 }
 
@@ -113,18 +109,7 @@ KERNEL sigmoid_cross_entropy(const real* logits /*n*k*/, const real* targets /*n
     const int row = blockIdx.x * ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int width = row < n ? k : 0;
     const long long base = (long long)row * k;
-
-    Best logit = {0, -1}, label = {0, -1};
-    int given = 0;
-    for (int j = lane; j < width; j += WARP) {
-        const wide target = load(targets + base + j);
-        logit = better(logit, {load(logits + base + j), j});
-        label = better(label, {target, j});
-        given += !is_nan(target);
-    }
-    logit = warp_best(logit);
-    label = warp_best(label);
-    given = warp_sum(given);
+    const Row found = search(logits + base, targets + base, width, lane, false);
 
     const wide scale = (wide)state->loss_scale;
     wide sum = 0;
@@ -136,18 +121,19 @@ KERNEL sigmoid_cross_entropy(const real* logits /*n*k*/, const real* targets /*n
         const wide here = positive * t * exp(-gamma * up), away = negative * (1 - t) * exp(-gamma * down);
         sum += here * down + away * up;
         const wide d = away * (p + gamma * q * up) - here * (q + gamma * p * down);
-        store(dlogits + base + j, given ? d * scale : wide(0));
+        store(dlogits + base + j, found.given ? d * scale : wide(0));
     }
     sum = warp_sum(sum);
     if (lane == 0 && row < n) {
+        const wide output = found.output.value, label = found.label.value;
         int hit = -1;
-        if (given && label.value <= 0)
-            hit = logit.value <= 0;
-        else if (given && k == 1)
-            hit = (logit.value > 0) == (label.value > wide(0.5));
-        else if (given)
-            hit = load(targets + base + logit.index) == label.value;
-        losses[row] = given ? sum : wide(0);
+        if (found.given && label <= 0)
+            hit = output <= 0;
+        else if (found.given && k == 1)
+            hit = (output > 0) == (label > wide(0.5));
+        else if (found.given)
+            hit = load(targets + base + found.output.index) == label;
+        losses[row] = found.given ? sum : wide(0);
         hits[row] = hit;
     }
 }
@@ -159,29 +145,19 @@ KERNEL multiclass_hinge(const real* scores /*n*k*/, const real* targets /*n*k*/,
     const int row = blockIdx.x * ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int width = row < n ? k : 0;
     const long long base = (long long)row * k;
+    const Row found = search(scores + base, targets + base, width, lane, true);
+    const int label = found.label.index;
 
-    Best largest = {0, -1}, label = {0, -1};
-    int given = 0;
-    for (int j = lane; j < width; j += WARP) {
-        const wide target = load(targets + base + j);
-        largest = better(largest, {load(scores + base + j), j});
-        label = better(label, {target, j});
-        given += target < 0 || target > 0;
-    }
-    largest = warp_best(largest);
-    label = warp_best(label);
-    given = warp_sum(given);
-
-    const wide own = given ? load(scores + base + label.index) : wide(0);
+    const wide own = found.given ? load(scores + base + label) : wide(0);
     Best rival = {0, -1};
     for (int j = lane; j < width; j += WARP)
-        if (j != label.index) rival = better(rival, {load(scores + base + j), j});
+        if (j != label) rival = better(rival, {load(scores + base + j), j});
     rival = warp_best(rival);
 
     wide sum = 0, slopes = 0;
     for (int j = lane; j < width; j += WARP) {
         const wide v = load(scores + base + j) - own + margin;
-        if (j != label.index && (!single || j == rival.index) && !(v <= 0)) {
+        if (j != label && (!single || j == rival.index) && !(v <= 0)) {
             sum += squared ? v * v : v;
             slopes += squared ? 2 * v : wide(1);
         }
@@ -194,12 +170,12 @@ KERNEL multiclass_hinge(const real* scores /*n*k*/, const real* targets /*n*k*/,
         const wide v = load(scores + base + j) - own + margin;
         const bool counts = (!single || j == rival.index) && !(v <= 0);
         const wide other = counts ? (squared ? 2 * v : wide(1)) : wide(0);
-        const wide d = j == label.index ? -slopes : other;
-        store(dscores + base + j, given ? d * scale : wide(0));
+        const wide d = j == label ? -slopes : other;
+        store(dscores + base + j, found.given ? d * scale : wide(0));
     }
     if (lane == 0 && row < n) {
-        losses[row] = given ? sum : wide(0);
-        hits[row] = given ? largest.index == label.index : -1;
+        losses[row] = found.given ? sum : wide(0);
+        hits[row] = found.given ? found.output.index == label : -1;
     }
 }
 

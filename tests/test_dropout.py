@@ -83,9 +83,10 @@ def test_the_rate_of_single_values(rate, form):
     assert p_value(np.bincount(pairs, minlength=4), np.outer(keep, keep)) > 1e-3
 
 
-def test_the_rate_of_channels():
+@pytest.mark.parametrize("form", ["inverted", "plain"])
+def test_the_rate_of_channels(form):
     """A channel is whole or gone, and channels and images are independent."""
-    with closing(step_of(Dropout2d(0.3, "plain", name="drop"), 512, (2, 2, 37))) as step:
+    with closing(step_of(Dropout2d(0.3, form, name="drop"), 512, (2, 2, 37))) as step:
         y = outputs(step, np.ones((512, 2, 2, 37)))[0]
     np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], y.shape))
     kept = y[:, 0, 0] != 0

@@ -46,17 +46,10 @@ CASES = {"reverse": case}
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    """Planted bugs leave nothing in the user's cache; the shipped kernels are compiled once for this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPUNET_CACHE", str(tmp_path_factory.mktemp("kernels")))
-        yield
-
-
 @pytest.fixture
-def planted(tmp_path):
-    """A function(old, new) that writes reverse.cu with a bug in it and returns its path."""
+def planted(tmp_path, monkeypatch):
+    """A function(old, new) that writes reverse.cu with a bug in it and returns its path; nobody else's cache has it."""
+    monkeypatch.setenv("GPUNET_CACHE", str(tmp_path / "cache"))
     for header in resources.kernels().glob("*.cuh"):
         shutil.copy(header, tmp_path)
 
@@ -81,12 +74,15 @@ def outcome(path, order="forward", type_name="float32"):
 # The shipped kernels
 
 
-@pytest.mark.parametrize(("order", "most"), [("forward", 2), ("backward", 1 << 20)])
-def test_every_kernel_computes_what_its_definition_does(order, most):
-    """All types, all cases, a grid of few blocks and one of many; `gpunet kernel-test` crosses them."""
-    results = parity.run(Backend(order, most_blocks=most), parity.subjects())
+@pytest.mark.parametrize(
+    ("order", "most", "types"),
+    [("forward", 2, ("float32", "float16")), ("backward", 1 << 20, ("float32", "float64", "bfloat16"))],
+)
+def test_every_kernel_computes_what_its_definition_does(order, most, types):
+    """All cases, each type, float in both orders and grids; `gpunet kernel-test` crosses them all."""
+    results = parity.run(Backend(order, most_blocks=most), parity.subjects(), types)
     assert [f"{r.kernel} {r.type}: {r.problem}" for r in results if r.problem] == []
-    assert len(results) == 4 * len(sources.kernels())
+    assert len(results) == len(types) * len(sources.kernels())
 
 
 SOME = ("column_sum", "dropout_apply", "fold", "softmax_cross_entropy", "sgd_update")
@@ -104,10 +100,12 @@ def test_no_sanitizer_complains(kind):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_right_kernel_is_right(planted, order):
-    path = planted()
-    assert outcome(path, order).problem is None
-    for kind in sanitize.KINDS:
-        assert kernel_test.complaints(kind, [str(path)]) == {"reverse": []}
+    assert outcome(planted(), order).problem is None
+
+
+@pytest.mark.parametrize("kind", sanitize.KINDS)
+def test_no_sanitizer_complains_of_the_right_kernel(planted, kind):
+    assert kernel_test.complaints(kind, [str(planted())]) == {"reverse": []}
 
 
 def test_a_missing_barrier_is_a_race_whatever_the_result(planted):

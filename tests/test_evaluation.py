@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_run import SMALL_TOML
 
 from gpunet import data
 from gpunet.data import captioned_sheet
@@ -228,24 +229,9 @@ def test_a_captioned_sheet_shows_all_pictures(shape):
     assert single.width < 200
 
 
-SMALL = """
-[model]
-name = "mlp"
-hidden = [4]
-[data]
-name = "shapes"
-train = 60
-test = 30
-[train]
-epochs = 1
-batch = 20
-replicas = 1
-"""
-
-
 def test_the_command_and_the_report_tell_the_same(tmp_path, monkeypatch, gpunet):
     monkeypatch.chdir(tmp_path)
-    Path("small.toml").write_text(SMALL)
+    Path("small.toml").write_text(SMALL_TOML)
 
     assert gpunet("train", "small.toml")[0] == 0
     (folder,) = Path("runs").iterdir()
@@ -264,9 +250,9 @@ def test_the_command_and_the_report_tell_the_same(tmp_path, monkeypatch, gpunet)
     ):
         assert told.format(" | ") in text
         assert told.format(" ") in " ".join(out.split())
-    assert (numbers["split"], numbers["count"], len(numbers["classes"])) == ("test", 30, len(numbers["confusion"]))
+    assert (numbers["split"], numbers["count"], len(numbers["classes"])) == ("test", 20, len(numbers["confusion"]))
     assert numbers["set"] == "shapes" and numbers["epoch"] == 1 and numbers["note"].startswith("synthetic")
-    assert sum(map(sum, numbers["confusion"])) == 30
+    assert sum(map(sum, numbers["confusion"])) == 20
     assert {m["true"] for m in numbers["mistakes"]} <= set(numbers["classes"])
     for name in report.PICTURES:
         assert f"(evaluation-test/{name}.png)" in text

@@ -32,13 +32,10 @@ from results import GpuRecord, gpu_table  # noqa: E402
 EMULATED = ("--backend", "emulator", "--quick")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    """The kernels are compiled once for this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPUNET_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("GPUNET_DATA", raising=False)
-        yield
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    """What there is to train on here is synthetic."""
+    monkeypatch.delenv("GPUNET_DATA", raising=False)
 
 
 def report(*words, code=0):

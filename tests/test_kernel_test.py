@@ -20,6 +20,7 @@ from gpunet.testing import compile as compiling
 from gpunet.testing import kernel_test, parity
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = os.environ.get("GPUNET_CACHE")
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++") or platform.machine() != "x86_64", reason="the emulator: needs g++ and x86-64"
 )
@@ -85,6 +86,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
+def users_cache(folder, monkeypatch):
+    """Shipped kernels are compiled once for all tests."""
+    monkeypatch.setenv("GPUNET_CACHE", CACHE) if CACHE else monkeypatch.delenv("GPUNET_CACHE")
+
+
+@pytest.fixture
 def test(folder, monkeypatch, capfd):
     """Run `gpunet kernel-test`; return (exit code, standard output, standard error), those of its children too."""
 
@@ -126,7 +133,7 @@ def rows_of(out):
 
 @needs_compiler
 @needs_nvrtc
-def test_a_shipped_family_in_all_parts(test):
+def test_a_shipped_family_in_all_parts(test, users_cache):
     code, out, err = test("order")
     assert (code, err) == (0, "")
     rows = rows_of(out)

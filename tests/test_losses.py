@@ -144,6 +144,19 @@ def test_an_output_that_is_nan_is_seen_in_the_loss(name):
     assert math.isnan(measured(EVERY[name], [[0, math.nan, 1], [1, 2, 3]], [0, 1])[0]["loss"])
 
 
+@pytest.mark.parametrize("loss", [MeanSquaredError(), BinaryCrossEntropy(), SigmoidFocal()])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_target_that_is_nan_among_numbers_is_no_padding(loss, replicas):
+    """Its row counts, its loss is NaN, and all other elements have the gradient that they have without it."""
+    x, y = np.array([[-3.0, -1, -2], [2, 1, 3]]), np.array([[0.5, 0.25, 1], [0, 0, 1]])
+    plain, expected = measured(loss, x, y, replicas=replicas)
+    y[0, 1] = expected[0, 1] = np.nan
+    found, gradient = measured(loss, x, y, replicas=replicas)
+    assert math.isnan(found["loss"]) and math.isfinite(plain["loss"])
+    np.testing.assert_array_equal(gradient, expected)
+    assert (found["count"], found["accuracy"]) == (2, 1.0 if isinstance(loss, MeanSquaredError) else 0.5)
+
+
 def split(n=7, k=3, values=False):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (n, 2, 2, 1)).astype(np.uint8)

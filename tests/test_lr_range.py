@@ -205,4 +205,4 @@ def test_a_picture_of_losses_that_are_not_finite(tmp_path):
     picture, numbers = RangeTest("x", RATES, losses).save(tmp_path)
     assert Image.open(picture).width > 900
     assert json.loads(numbers.read_text())["losses"][-1] is None
-    assert parse_config({"model": {"name": "mlp"}, "data": {"name": "shapes"}}).rate == 0.1
+    assert parse_config({"model": {"name": "mlp"}, "data": {"name": "shapes"}}).rate == 0.01

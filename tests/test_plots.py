@@ -210,6 +210,15 @@ def test_losses_that_cannot_be_drawn_leave_a_picture(loss, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000 < (tmp_path / "b.png").stat().st_size
 
 
+@pytest.mark.parametrize(("labelled", "panels"), [(True, 3), (False, 2)])
+def test_sets_of_values_have_no_accuracy(labelled, panels, drawn, tmp_path):
+    plots.plot_curves(tmp_path / "a.png", "", "", rows(3), labelled)
+    ((_, figure),) = drawn
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert len(titles) == panels and ("accuracy in %" in titles) == labelled
+    assert sum(ax.get_legend() is not None for ax in figure.axes) == 1
+
+
 def test_dollars_are_no_formulas(drawn, tmp_path):
     plot_runs(tmp_path / "a.png", "pay $5 or $6", {"$a$": rows(1)})
     ((_, figure),) = drawn

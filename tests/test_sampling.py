@@ -87,9 +87,9 @@ def test_within_a_class_images_are_used_as_often_as_each_other():
 
 
 def test_which_images_of_a_large_class_are_left_out_is_even_over_epochs():
-    drawn = np.concatenate(epochs("balanced", 400))
+    drawn = np.concatenate(epochs("balanced", 150))
     counts = np.bincount(drawn, minlength=1000)[LABELS == 0]
-    chance = 400 * 250 / 900
+    chance = 150 * 250 / 900
     deviation = ((counts - chance) ** 2 / (chance * (1 - 250 / 900))).sum()  # without replacement in an epoch
     assert abs(deviation - 899) < 4 * np.sqrt(2 * 899)
 

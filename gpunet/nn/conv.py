@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from gpunet.core.params import Parameter
 from gpunet.errors import GpunetError
-from gpunet.nn import init
 from gpunet.nn.graph import Layer, LayerError, spatial, width
-from gpunet.nn.linear import bias_gradient, multipliers
+from gpunet.nn.linear import bias_gradient, weight_and_bias
 from gpunet.nn.pool import pair
 
 
@@ -99,11 +98,7 @@ class Conv2d(Layer):
                 f"{kind}: expected outputs, size, stride, dilation, groups of at least 1, outputs that groups divide, "
                 f"got {outputs}, {self.size}, {self.stride}, {self.dilation}, {groups}"
             )
-        self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
-        self._multipliers = (
-            multipliers(weight_rate=weight_rate, weight_decay=weight_decay),
-            multipliers(bias_rate=bias_rate, bias_decay=bias_decay),
-        )
+        self._given = weight_and_bias(weight_init, bias_init, weight_rate, weight_decay, bias_rate, bias_decay)
 
     def setup(self, shape):
         """(oh, ow, outputs); the weight's shape follows from the input's channels."""
@@ -111,11 +106,10 @@ class Conv2d(Layer):
         if c % self.groups:
             raise LayerError(f"expected channels that {self.groups} groups divide, got {c}")
         if not self.parameters:
-            (weight, bias), (for_weight, for_bias) = self._inits, self._multipliers
-            filters = (*self.size, c // self.groups, self.outputs)
-            self.parameters["weight"] = Parameter(filters, weight, **for_weight)
+            weight, bias = self._given
+            self.parameters["weight"] = Parameter((*self.size, c // self.groups, self.outputs), **weight)
             if self.bias:
-                self.parameters["bias"] = Parameter((self.outputs,), bias, **for_bias)
+                self.parameters["bias"] = Parameter((self.outputs,), **bias)
         expected = self.parameters["weight"].shape[2] * self.groups
         if c != expected:
             raise LayerError(f"expected {expected} input channels, as at its first call, got x of shape {shape}")

@@ -4,10 +4,9 @@ import numpy as np
 
 from gpunet.core.params import Parameter
 from gpunet.errors import GpunetError
-from gpunet.nn import init
 from gpunet.nn.conv import Conv2d, Geometry, engine
 from gpunet.nn.graph import Layer, LayerError, spatial
-from gpunet.nn.linear import bias_gradient, multipliers
+from gpunet.nn.linear import bias_gradient, weight_and_bias
 from gpunet.nn.pool import pair
 
 
@@ -118,11 +117,7 @@ class ConvTranspose2d(Layer):
                 f"ConvTranspose2d: output_padding: expected less than the stride {self.stride}, "
                 f"got {self.output_padding}"
             )
-        self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
-        self._multipliers = (
-            multipliers(weight_rate=weight_rate, weight_decay=weight_decay),
-            multipliers(bias_rate=bias_rate, bias_decay=bias_decay),
-        )
+        self._given = weight_and_bias(weight_init, bias_init, weight_rate, weight_decay, bias_rate, bias_decay)
 
     def setup(self, shape):
         """(oh, ow, outputs) by the rule above."""
@@ -130,11 +125,11 @@ class ConvTranspose2d(Layer):
         if c % self.groups:
             raise LayerError(f"expected channels that {self.groups} groups divide, got {c}")
         if not self.parameters:
-            weight = (*self.size, self.outputs // self.groups, c)
-            for_weight, for_bias = self._multipliers
-            self.parameters["weight"] = Parameter(weight, self._turned, **for_weight)
+            weight, bias = self._given
+            shape = (*self.size, self.outputs // self.groups, c)
+            self.parameters["weight"] = Parameter(shape, **weight | {"initial": self._turned})
             if self.bias:
-                self.parameters["bias"] = Parameter((self.outputs,), self._inits[1], **for_bias)
+                self.parameters["bias"] = Parameter((self.outputs,), **bias)
         expected = self.parameters["weight"].shape[3]
         if c != expected:
             raise LayerError(f"expected {expected} input channels, as at its first call, got x of shape {shape}")
@@ -145,7 +140,7 @@ class ConvTranspose2d(Layer):
     def _turned(self, rng, shape):
         """Draw as for a convolution from in to out, whose fan-in is this layer's at stride 1."""
         kh, kw, out, c = shape
-        drawn = self._inits[0](rng, (kh, kw, c // self.groups, self.outputs))
+        drawn = self._given[0]["initial"](rng, (kh, kw, c // self.groups, self.outputs))
         return drawn.reshape(kh, kw, -1, self.groups, out).transpose(0, 1, 4, 3, 2).reshape(shape)
 
     def geometry(self, n, shape):
@@ -213,10 +208,11 @@ class LocallyConnected2d(Conv2d):
         h, w, c = spatial(shape)
         oh, ow = self._windows(h, w)
         if not self.parameters:
-            for_weight, for_bias = self._multipliers
-            self.parameters["weight"] = Parameter((oh, ow, *self.size, c, self.outputs), self._places, **for_weight)
+            weight, bias = self._given
+            shape = (oh, ow, *self.size, c, self.outputs)
+            self.parameters["weight"] = Parameter(shape, **weight | {"initial": self._places})
             if self.bias:
-                self.parameters["bias"] = Parameter((oh * ow * self.outputs,), self._inits[1], **for_bias)
+                self.parameters["bias"] = Parameter((oh * ow * self.outputs,), **bias)
         *places, _, _, channels, _ = self.parameters["weight"].shape
         if [oh, ow, c] != [*places, channels]:
             raise LayerError(
@@ -227,7 +223,7 @@ class LocallyConnected2d(Conv2d):
 
     def _places(self, rng, shape):
         """Draw the weights of each place as a convolution's."""
-        return np.stack([self._inits[0](rng, shape[2:]) for _ in range(shape[0] * shape[1])]).reshape(shape)
+        return np.stack([self._given[0]["initial"](rng, shape[2:]) for _ in range(shape[0] * shape[1])]).reshape(shape)
 
     def forward(self, t, x):
         """Trace the patches, and a product at each place."""

@@ -29,20 +29,16 @@ class Linear(Layer):
         super().__init__(name)
         self.outputs = width(outputs, "Linear: outputs")
         self.bias = bias
-        self._inits = init.named(weight_init or "he"), init.named(bias_init or ("constant", 0))
-        self._multipliers = (
-            multipliers(weight_rate=weight_rate, weight_decay=weight_decay),
-            multipliers(bias_rate=bias_rate, bias_decay=bias_decay),
-        )
+        self._given = weight_and_bias(weight_init, bias_init, weight_rate, weight_decay, bias_rate, bias_decay)
 
     def setup(self, shape):
         """(outputs,); the weight's shape follows from the input."""
         size = math.prod(shape)
         if not self.parameters:
-            (weight, bias), (for_weight, for_bias) = self._inits, self._multipliers
-            self.parameters["weight"] = Parameter((size, self.outputs), weight, **for_weight)
+            weight, bias = self._given
+            self.parameters["weight"] = Parameter((size, self.outputs), **weight)
             if self.bias:
-                self.parameters["bias"] = Parameter((self.outputs,), bias, **for_bias)
+                self.parameters["bias"] = Parameter((self.outputs,), **bias)
         expected = self.parameters["weight"].shape[0]
         if size != expected:
             raise LayerError(f"expected {expected} inputs, as at its first call, got {size}")
@@ -71,6 +67,14 @@ class Linear(Layer):
     def flops(self, shapes, output):
         """A multiplication and an addition a weight."""
         return 2 * self.parameters["weight"].size
+
+
+def weight_and_bias(weight_init, bias_init, weight_rate, weight_decay, bias_rate, bias_decay):
+    """Return what a layer makes its weight of and its bias of: arguments of a Parameter beside the shape."""
+    return (
+        {"initial": init.named(weight_init or "he"), **multipliers(weight_rate=weight_rate, weight_decay=weight_decay)},
+        {"initial": init.named(bias_init or "zeros"), **multipliers(bias_rate=bias_rate, bias_decay=bias_decay)},
+    )
 
 
 def multipliers(**values):

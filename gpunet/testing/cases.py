@@ -1008,6 +1008,8 @@ def _mean_squared_error(rng, size, real, wide):
     n, k = TABLES[size]
     targets = random(rng, (n, k), real)
     targets[_padding(size, n)] = np.nan
+    if size == 1:
+        targets[::2, 1] = np.nan  # in a part of a row, which is no padding
     return {
         "prediction": random(rng, (n, k), real),
         "targets": targets,
@@ -1029,6 +1031,8 @@ def _sigmoid_cross_entropy(rng, size, real, wide):
     if size % 3 == 2:
         targets = rng.uniform(0, 1, (n, k))
     targets[_padding(size, n)] = np.nan
+    if size == 1:
+        targets[::2, 1] = np.nan  # in a part of a row, which is no padding
     positive, negative, gamma = [(1 / k, 1 / k, 0.0), (0.25, 0.75, 2.0), (0.5, 0.5, 0.5)][size % 3]
     return {
         "logits": random(rng, (n, k), real, [1, 3, 20][size % 3]),

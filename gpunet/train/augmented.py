@@ -12,8 +12,16 @@ from gpunet.errors import GpunetError
 
 ORIGINALS, DRAWS = 2, 5  # images a row, and how often each is drawn
 WIDTH = 44  # letters of a caption's line
-BESIDE = {"flip": ("flip", "alternate"), "crop": ("crop", "reflect"), "elastic": ("elastic", "elastic_sigma"),
-          "rescale": ("rescale", "reflect"), "interpolation": ("interpolation", "rotate")}  # fmt: skip
+WARPS = ("reflect", "interpolation", "warp_probability")
+BESIDE = {  # settings that change what a transform looks like: shown with it where a recipe has them
+    "crop": ("reflect",),
+    "interpolation": ("rotate", "reflect"),
+    "elastic": ("elastic_sigma", *WARPS),
+    **dict.fromkeys(("rescale", "rotate", "shear", "stretch", "zoom", "lens"), WARPS),
+    **dict.fromkeys(("brightness", "contrast", "saturation", "hue", "lighting"), ("color_probability",)),
+    "cutout": ("cutout_probability",),
+    **dict.fromkeys(("mixup", "cutmix"), ("mix_probability",)),
+}
 
 
 def augmentation_sheet(split, recipe, classes=None, seed=0):
@@ -24,14 +32,14 @@ def augmentation_sheet(split, recipe, classes=None, seed=0):
     rows, captions, left_out = [], [], []
     mean = split.images[:1000].mean(axis=(0, 1, 2), dtype=np.float64)
     for name in AUGMENTATIONS:
-        what, keys = _alone(name, recipe)
+        keys = shown(name, recipe)
         try:
-            rows.append(_row(split, what, mean, classes, seed))
+            rows.append(_row(split, Augmentation(**keys), mean, classes, seed))
         except GpunetError as error:
             left_out.append(f"{name} is left out: {error}")
             continue
         note = "as in this recipe" if name in recipe.active else "an example: not in this recipe"
-        said = ", ".join(f"{key} = {_text(getattr(what, key))}" for key in keys)
+        said = ", ".join(f"{key} = {_text(value)}" for key, value in keys.items())
         captions.append((name, *wrap(said, WIDTH), note))
     rows.append(_row(split, recipe, mean, classes, seed))
     captions.append(("all of this recipe", *(wrap(", ".join(recipe.active), WIDTH) or ["nothing"])))
@@ -41,15 +49,13 @@ def augmentation_sheet(split, recipe, classes=None, seed=0):
     return rows_sheet(rows, captions, heads, limits), left_out
 
 
-def _alone(name, recipe):
-    """Return (the Augmentation that does this alone, its keys to be shown)."""
-    example = AUGMENTATIONS[name].example
-    active = name in recipe.active
-    keys = [key for key in BESIDE.get(name, (name,)) if key in example or (active and key != "alternate")]
-    if active:
-        own = {key: getattr(recipe, key) for key in keys if key == name or key not in example}
-        return Augmentation(**{**example, **own}), keys
-    return Augmentation(**example), list(example)
+def shown(name, recipe):
+    """Return the keys of an Augmentation that does this alone: as the recipe has it, or an example."""
+    keys = dict(AUGMENTATIONS[name].example)
+    if name in recipe.active:
+        set_here = {key: getattr(recipe, key) for key in BESIDE.get(name, ())}
+        keys |= {name: getattr(recipe, name), **{k: v for k, v in set_here.items() if v != getattr(Augmentation, k)}}
+    return keys
 
 
 def _row(split, what, mean, classes, seed):

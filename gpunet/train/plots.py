@@ -51,18 +51,22 @@ def _figure(path, title, note, size):
     write_whole(Path(path), content.getvalue())
 
 
-def plot_curves(path, title, note, rows):
-    """Draw loss, accuracy and learning rate against epochs, from rows of metrics.jsonl, into a PNG; the note below."""
+def plot_curves(path, title, note, rows, labelled=True):
+    """Draw loss, accuracy and learning rate against epochs, from rows of metrics.jsonl, into a PNG; the note below.
+
+    labelled: whether images have classes, so that accuracy means something; else it is left out.
+    """
+    names = ["loss", "accuracy"][: 1 + labelled]
     updates = [r for r in rows if r["split"] == "train"]
     x = np.array([r["epoch"] for r in updates])
     with _figure(path, title, note, (10, 6)) as figure:
-        axes = figure.subplot_mosaic([["loss", "accuracy"], ["rate", "rate"]], height_ratios=[3, 1])
-        for name in ("loss", "accuracy"):
+        axes = figure.subplot_mosaic([names, ["rate"] * len(names)], height_ratios=[3, 1])
+        for name in names:
             scale = 100 if name == "accuracy" else 1
             _measured(axes[name], rows, name, scale)
             highest = _trained(axes[name], x, scale * np.array([r[name] for r in updates]))
             _limit(axes[name], name, highest)
-        axes["accuracy"].legend(loc="lower right")  # for both
+        axes[names[-1]].legend(loc="lower right" if labelled else "upper right")  # for both
         axes["rate"].plot(x, [r["rate"] for r in updates], color=COLOURS["rate"], lw=1.5)
         for name, ax in axes.items():
             _finish(ax, name, x[-1])

@@ -75,7 +75,8 @@ def write_report(result):
     if result.updates:
         smoothing = result.config.smoothing
         notes = [result.data.note, f"training loss against labels smoothed by {smoothing:g}" if smoothing else ""]
-        plot_curves(path / "curves.png", _title(result), "; ".join(n for n in notes if n), result.rows)
+        note, labelled = "; ".join(n for n in notes if n), result.data.train.labels is not None
+        plot_curves(path / "curves.png", _title(result), note, result.rows, labelled)
     pictures = write_pictures(path / "evaluation-test", result.config, result.data, "test", result.test)
     write_whole(path / "report.md", _report(result, pictures).encode())
 
@@ -95,8 +96,6 @@ def write_pictures(folder, config, dataset, name, found):
         drawn["reliability"] = lambda path: plot_reliability(path, title, note, found)
     if found.mistakes:
         drawn["mistakes"] = lambda path: _write_mistakes(path, found, dataset.splits[name].images, dataset.classes)
-    if not drawn and not folder.exists():
-        return []
     if not drawn and not folder.exists():
         return []
     try:

@@ -31,7 +31,8 @@ def mean_squared_error(prediction, targets, dprediction, losses, hits, state, n,
     """loss = mean over k of (p - t)**2; dprediction = 2 (p - t) / k * state.loss_scale.
 
     hit = 1 where k > 1 and both have their first maximum at the same place, else 0.
-    A row whose targets are NaN is padding: loss 0, gradient 0, hit -1.
+    A row whose targets are all NaN is padding: loss 0, gradient 0, hit -1. A single NaN makes the row's loss NaN, and
+    its own gradient; it counts as the largest target.
     """
     p, t = wide(prediction.reshape(n, k)), wide(targets.reshape(n, k))
     real = ~np.isnan(t).all(axis=1)
@@ -46,7 +47,8 @@ def sigmoid_cross_entropy(logits, targets, dlogits, losses, hits, state, positiv
     """loss = sum of positive t (1-p)**gamma (-log p) + negative (1-t) p**gamma (-log(1-p)), p = 1 / (1 + exp(-z)).
 
     hit = 1 where the first largest z stands on one of the largest t; with k = 1, where z > 0 as t > 1/2; where no t is
-    above 0, if no z is; else 0. A row whose targets are NaN is padding: loss 0, gradient 0, hit -1.
+    above 0, if no z is; else 0. A row whose targets are all NaN is padding: loss 0, gradient 0, hit -1. A single NaN
+    makes the row's loss NaN, and its own gradient; the row is no hit.
     """
     z, t = wide(logits.reshape(n, k)), wide(targets.reshape(n, k))
     real = ~np.isnan(t).all(axis=1)
@@ -57,7 +59,7 @@ def sigmoid_cross_entropy(logits, targets, dlogits, losses, hits, state, positiv
     dlogits.reshape(n, k)[:] = np.where(real[:, None], slope * float(state["loss_scale"]), 0)
     top, most = z.argmax(axis=1), t.max(axis=1)
     agree = t[np.arange(n), top] == most if k > 1 else (z[:, 0] > 0) == (most > 0.5)
-    hits.reshape(n)[:] = np.where(real, np.where(most > 0, agree, z.max(axis=1) <= 0), -1)
+    hits.reshape(n)[:] = np.where(real, np.where(most <= 0, z.max(axis=1) <= 0, agree), -1)
 
 
 def multiclass_hinge(scores, targets, dscores, losses, hits, state, margin, squared, single, n, k):
