@@ -81,7 +81,7 @@ def test_types(name, real, wide):
     types = Types.of(name)
     assert (types.real, types.wide, types.compute) == (np.dtype(real), np.dtype(wide), name)
     assert types.scaled is (name == "float16")
-    assert Backend(numba=False).engine(types) == ("unfold" if name in SIXTEEN else "blocked")
+    assert (Backend().engine(types) == "unfold") == (name in SIXTEEN)
 
 
 @pytest.mark.parametrize("name", ["half", "fp16", "float", "", "float8"])
