@@ -94,7 +94,7 @@ def launched(run_on, kernel, *arguments):
         declared = sources.kernels()[kernel]
         given = dict(zip((a.name for a in declared.arguments), arguments, strict=True))
         views = on_device(run_on, given)
-        run_on.bind_launch(declared, views, None)()
+        run_on.bind_launch(declared, views, run_on.workspace())()
         return {
             name: run_on.download(view) if isinstance(value, np.ndarray) else value
             for (name, value), view in zip(given.items(), views, strict=True)

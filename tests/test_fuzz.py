@@ -39,7 +39,7 @@ def broken(monkeypatch):
         "is good": lambda folder: say("a: expected b, got c"),
     }
     monkeypatch.setattr(fuzz_targets, "TARGETS", {name: target(run) for name, run in made.items()})
-    monkeypatch.setattr(fuzz, "SECONDS", 0.4)
+    monkeypatch.setattr(fuzz, "SECONDS", 1.0)
 
 
 def test_the_harness_sees_what_goes_wrong(broken, tmp_path, capsys, monkeypatch):

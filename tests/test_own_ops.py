@@ -120,7 +120,7 @@ def test_a_list_of_layers_may_name_it(gpunet, folder):
 
 
 def test_resume_refuses_changed_kernels(gpunet, folder, monkeypatch):
-    def fail(self, split):
+    def fail(self, *_):
         raise GpunetError("cut here")
 
     monkeypatch.setattr(Trainer, "evaluate", fail)

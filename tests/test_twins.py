@@ -560,9 +560,10 @@ def _(name, prediction, targets, dprediction, losses, hits, state, n, k):
     dprediction[:], losses[:], hits[:] = 0, 0, -1
     for i in range(n):
         p, t = prediction[i].tolist(), targets[i].tolist()
-        if t[0] == t[0]:
+        if not all(math.isnan(v) for v in t):
             losses[i] = math.fsum((p[j] - t[j]) ** 2 for j in range(k)) / k
-            hits[i] = k > 1 and p.index(max(p)) == t.index(max(t))
+            largest = next((j for j, v in enumerate(t) if math.isnan(v)), t.index(max(t)))  # a NaN counts as one
+            hits[i] = k > 1 and p.index(max(p)) == largest
             dprediction[i] = [2 * (p[j] - t[j]) / k * state["loss_scale"] for j in range(k)]
     return {"dprediction": dprediction, "losses": losses, "hits": hits}
 
@@ -572,7 +573,7 @@ def _(name, logits, targets, dlogits, losses, hits, state, positive, negative, g
     dlogits[:], losses[:], hits[:] = 0, 0, -1
     for i in range(n):
         z, t = logits[i].tolist(), targets[i].tolist()
-        if t[0] != t[0]:
+        if all(math.isnan(v) for v in t):
             continue
         terms = []
         for j in range(k):
@@ -582,7 +583,9 @@ def _(name, logits, targets, dlogits, losses, hits, state, positive, negative, g
             away = negative * (1 - t[j]) * p**gamma * (p - gamma * q * math.log(q))
             dlogits[i, j] = (here + away) * state["loss_scale"]
         losses[i] = math.fsum(terms)
-        if not any(t):
+        if any(math.isnan(v) for v in t):
+            hits[i] = 0
+        elif not any(t):
             hits[i] = all(v <= 0 for v in z)
         else:
             hits[i] = (z[0] > 0) == (t[0] > 0.5) if k == 1 else t[z.index(max(z))] == max(t)
