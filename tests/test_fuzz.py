@@ -40,6 +40,7 @@ def broken(monkeypatch):
     }
     monkeypatch.setattr(fuzz_targets, "TARGETS", {name: target(run) for name, run in made.items()})
     monkeypatch.setattr(fuzz, "SECONDS", 1.0)
+    monkeypatch.setattr(fuzz, "MEMORY", fuzz._status("VmRSS") + (1 << 30))  # this process has the other tests'
 
 
 def test_the_harness_sees_what_goes_wrong(broken, tmp_path, capsys, monkeypatch):
